@@ -1,0 +1,67 @@
+"""Structured logs on standard error, for the project's own records and for those of libraries alike."""
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Literal
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+get_logger = structlog.stdlib.get_logger
+
+
+def configure_logging(
+    log_format: Literal["console", "json"] = "console", level: str = "INFO", fields: Mapping[str, str] | None = None
+) -> None:
+    """Send all records of this process to standard error, one line each in JSON.
+
+    Args:
+        log_format: "console" for people, "json" for programs.
+        level: Least level that is logged.
+        fields: Constants of the process that every record carries, whichever thread or library writes it: the service,
+            or in a job's process the job and the pipeline.
+    """
+    constants = {name: value for name, value in (fields or {}).items() if value}
+
+    def add_constants(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        for name, value in constants.items():
+            event.setdefault(name, value)
+        return event
+
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        add_constants,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    renderers: list[Processor]
+    if log_format == "json":
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    else:
+        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+        )
+    )
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(level)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )

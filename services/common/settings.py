@@ -1,0 +1,48 @@
+"""Settings that all servers share, read once from the environment (prefix GRANQ_)."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class ServerSettings(BaseSettings):
+    """Settings of one server. Services subclass it and set their default port.
+
+    A value comes from the constructor, else from the environment (GRANQ_PORT for `port`), else from the default.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="GRANQ_", frozen=True, extra="forbid", validate_default=True)
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on, for RPCs and for metrics.")
+    port: int = Field(default=0, ge=0, le=65535, description="Port of the RPCs; 0 lets the system choose.")
+    metrics_port: int = Field(
+        default=-1, ge=0, le=65535, description="Port of the metrics. Default: port + 1000, or 0 where port is 0."
+    )
+    artifact_url: str = Field(
+        default_factory=lambda: (Path.cwd() / "granq-data" / "artifacts").as_uri(),
+        description="Folder or bucket of the artifact store, the same for all services: file://, s3:// or gs://.",
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="Local copies of remote artifacts. Default: granq in the user's cache folder."
+    )
+    log_format: Literal["console", "json"] = Field(default="console", description="For people or for programs.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
+    max_running_jobs: int = Field(default=1, ge=1, le=1024, description="Jobs that run at once; more are queued.")
+    grace_seconds: float = Field(
+        default=10.0, ge=0, le=3600, description="Time in seconds for RPCs and jobs to end after SIGTERM."
+    )
+    max_message_bytes: int = Field(
+        default=64 * MIB, ge=4 * MIB, le=1024 * MIB, description="Largest message in bytes, received or sent."
+    )
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _beside_port(cls, value: object, info: ValidationInfo) -> object:
+        if value != -1:
+            return value
+        port = info.data.get("port", 0)
+        return port + 1000 if port else 0
