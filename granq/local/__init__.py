@@ -1,0 +1,1 @@
+"""Runs the four services on this machine, for `granq up`."""
