@@ -37,7 +37,8 @@ ENV PATH=/opt/granq/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GRANQ_HOST=0.0.0.0 \
     GRANQ_LOG_FORMAT=json \
-    GRANQ_ARTIFACT_URL=file:///data/artifacts
+    GRANQ_ARTIFACT_URL=file:///data/artifacts \
+    GRANQ_DATABASE_URL=sqlite:////data/coordinator/coordinator.sqlite
 USER 10001:10001
 WORKDIR /data
 # gRPC, metrics

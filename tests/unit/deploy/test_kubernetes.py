@@ -165,6 +165,13 @@ def test_settings_are_known_and_valid(objects: Objects, monkeypatch: pytest.Monk
         assert settings["log_format"] == "json"
 
 
+def test_workflows_are_kept_on_the_coordinator_s_own_volume(objects: Objects) -> None:
+    (container,) = of_kind(objects, "StatefulSet")["granq-coordinator"]["spec"]["template"]["spec"]["containers"]
+    values = {entry["name"]: entry.get("value") for entry in container["env"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert values["GRANQ_DATABASE_URL"].startswith(f"sqlite:///{mounts['state']}/")
+
+
 def test_the_coordinator_s_executor_id_is_its_pod_s_name(objects: Objects) -> None:
     (container,) = of_kind(objects, "StatefulSet")["granq-coordinator"]["spec"]["template"]["spec"]["containers"]
     entries = {entry["name"]: entry for entry in container["env"]}
