@@ -1,0 +1,49 @@
+"""From a request's Dataset to a reader."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from granq.v1 import common_pb2
+from services.common.datasets.base import LabelledSet
+from services.common.datasets.folder import ImageFolder
+from services.common.datasets.idx import IdxSet
+from services.common.datasets.npz import NpzSet
+from services.common.datasets.paths import resolve_under
+from services.common.datasets.preprocessing import Preprocessor
+from services.common.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from services.common.artifacts import ArtifactStore
+
+
+def open_dataset(dataset: common_pb2.Dataset, root: Path, store: "ArtifactStore") -> LabelledSet:
+    """Open a labelled set; headers and sizes are checked now, images are read when asked for.
+
+    Args:
+        dataset: What the request names. Errors call its fields "dataset.…".
+        root: Folder that Dataset.path is relative to and cannot leave.
+        store: Holds Dataset.artifact.
+
+    Raises:
+        InvalidArgumentError: The set is missing, damaged, or not of the named format.
+        FailedPreconditionError: The dataset root does not exist.
+        NotFoundError: The store does not hold the artifact.
+    """
+    preprocess = Preprocessor(dataset.preprocessing)
+    if dataset.WhichOneof("source") == "artifact":
+        if dataset.format != common_pb2.DATASET_FORMAT_NPZ:
+            raise InvalidArgumentError(
+                "an uploaded dataset must be a NumPy archive (DATASET_FORMAT_NPZ); name folders by path",
+                field="dataset.format",
+            )
+        digest = dataset.artifact.digest
+        return NpzSet(store.local_path(digest), dataset.limit, preprocess, digest, "dataset.artifact")
+    target = resolve_under(root, dataset.path, "dataset.path")
+    match dataset.format:
+        case common_pb2.DATASET_FORMAT_IDX:
+            return IdxSet(root, target, dataset.split, dataset.limit, preprocess, dataset.path)
+        case common_pb2.DATASET_FORMAT_NPZ:
+            return NpzSet(target, dataset.limit, preprocess, dataset.path, "dataset.path")
+        case common_pb2.DATASET_FORMAT_IMAGE_FOLDER:
+            return ImageFolder(root, target, dataset.limit, preprocess, dataset.path)
+    raise InvalidArgumentError("dataset.format must be set", field="dataset.format")
