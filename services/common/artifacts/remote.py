@@ -1,0 +1,85 @@
+"""Files of the store in a bucket, through fsspec. Objects appear whole there, so no rename is needed."""
+
+from typing import Any, BinaryIO, cast
+
+from fsspec.core import url_to_fs
+
+from services.common.artifacts.backend import storage_errors
+from services.common.artifacts.local import LocalBackend, LocalStaged
+
+
+class RemoteStaged:
+    """Bytes spooled on this machine: an object's key is its digest, which is known only after the last byte."""
+
+    def __init__(self, spool: LocalStaged, fs: Any, root: str) -> None:
+        self._spool = spool
+        self._fs = fs
+        self._root = root
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self._spool.write(data)
+
+    def publish(self, path: str) -> None:
+        """Upload, then keep the spooled file as the local copy: whoever wrote it often reads it next."""
+        self._spool.flush()
+        with storage_errors(Exception):
+            self._fs.put_file(str(self._spool.path), f"{self._root}/{path}")
+        self._spool.publish(path)
+
+    def discard(self) -> None:
+        """Remove the spooled file; does nothing after `publish`."""
+        self._spool.discard()
+
+
+class RemoteBackend:
+    """A bucket, or any other place that fsspec knows by URL."""
+
+    def __init__(self, url: str, cache: LocalBackend) -> None:
+        self._cache = cache
+        # Every kind of bucket raises its own library's exceptions, so all of them count as failures of the storage.
+        with storage_errors(Exception):
+            # Other processes write to the same bucket: a remembered listing would hide their work.
+            fs, root = url_to_fs(url, use_listings_cache=False)
+        self._fs: Any = fs
+        self._root = str(root).rstrip("/")
+
+    def _key(self, path: str) -> str:
+        return f"{self._root}/{path}"
+
+    def stage(self) -> RemoteStaged:
+        """Begin an object."""
+        return RemoteStaged(self._cache.stage(), self._fs, self._root)
+
+    def open(self, path: str) -> BinaryIO:
+        """Open an object to read."""
+        with storage_errors(Exception):
+            return cast(BinaryIO, self._fs.open(self._key(path), "rb"))
+
+    def size(self, path: str) -> int:
+        """Return an object's length in bytes."""
+        with storage_errors(Exception):
+            return int(self._fs.info(self._key(path))["size"])
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a small object at once."""
+        with storage_errors(Exception):
+            self._fs.pipe_file(self._key(path), data)
+
+    def delete(self, path: str) -> None:
+        """Remove an object if it is there."""
+        try:
+            with storage_errors(Exception):
+                self._fs.rm_file(self._key(path))
+        except FileNotFoundError:
+            return
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the paths of all objects that begin with a prefix, sorted."""
+        try:
+            with storage_errors(Exception):
+                keys = self._fs.find(self._key(prefix.rpartition("/")[0]))
+        except FileNotFoundError:
+            return []
+        start = len(self._root) + 1
+        return sorted(key[start:] for key in keys if key[start:].startswith(prefix))

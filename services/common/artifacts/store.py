@@ -1,0 +1,228 @@
+"""Immutable blobs by their SHA-256, and small named references to them."""
+
+import hashlib
+import io
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+from urllib.parse import unquote, urlsplit
+
+from granq.v1 import artifacts_pb2
+from services.common.artifacts.backend import Backend, Staged
+from services.common.artifacts.local import LocalBackend
+from services.common.artifacts.reader import VerifyingReader, damaged
+from services.common.artifacts.remote import RemoteBackend
+from services.common.errors import InvalidArgumentError, NotFoundError
+from services.common.metrics import ARTIFACT_BYTES
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+# In no name, so that the file of "a" and the folder of "a/b" never are the same path.
+_REF_SUFFIX = "@ref"
+_CHUNK = 1024 * 1024
+
+
+def _blob_path(digest: str) -> str:
+    match = _DIGEST.fullmatch(digest)
+    if match is None:
+        raise InvalidArgumentError(f'a digest is "sha256:" and 64 hexadecimal digits, got {digest!r}', field="digest")
+    return f"blobs/sha256/{match[1][:2]}/{match[1]}"
+
+
+def _not_found(digest: str) -> NotFoundError:
+    return NotFoundError(f"the store does not hold {digest}", reason="ARTIFACT_NOT_FOUND")
+
+
+def _ref_path(name: str) -> str:
+    if _REF.fullmatch(name) is None:
+        raise InvalidArgumentError(f"{name!r} is no name of a reference")
+    return f"refs/{name}{_REF_SUFFIX}"
+
+
+class ArtifactWriter:
+    """Takes a blob's bytes; a context manager that drops them unless `commit` was called."""
+
+    def __init__(self, staged: Staged, name: str, media_type: str) -> None:
+        self._staged = staged
+        self._name = name
+        self._media_type = media_type
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    @property
+    def digest(self) -> str:
+        """Digest of the bytes so far, as an artifact names it."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def write(self, data: bytes) -> int:
+        """Append bytes and return their number.
+
+        Raises:
+            ResourceExhaustedError: The disk is full.
+            UnavailableError: The store cannot be reached.
+        """
+        self._staged.write(data)
+        self._hash.update(data)
+        self.size_bytes += len(data)
+        ARTIFACT_BYTES.labels("write").inc(len(data))
+        return len(data)
+
+    def commit(self) -> artifacts_pb2.Artifact:
+        """Make the blob visible and return it; raises as `write` does."""
+        self._staged.publish(_blob_path(self.digest))
+        return artifacts_pb2.Artifact(
+            digest=self.digest, size_bytes=self.size_bytes, name=self._name, media_type=self._media_type
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._staged.discard()
+
+
+class ArtifactStore:
+    """Blobs and references at one URL, shared by processes and machines.
+
+    All methods block on disk or network; call them in a thread from asyncio. They raise UnavailableError when the
+    store cannot be reached, and those that write raise ResourceExhaustedError when the disk is full.
+
+    Args:
+        url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, or memory://name for tests.
+        cache_dir: Local copies of a remote store's blobs. Default: granq in the user's cache folder.
+    """
+
+    def __init__(self, url: str, cache_dir: Path | None = None) -> None:
+        self.url = url
+        self.cache_dir = cache_dir
+        self._backend: Backend
+        parts = urlsplit(url)
+        if parts.scheme == "file":
+            if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+                raise InvalidArgumentError(f"a file URL is file:///absolute/folder, got {url!r}", field="artifact_url")
+            self._files = LocalBackend(Path(unquote(parts.path)))
+            self._backend = self._files
+        elif parts.scheme:
+            default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granq"
+            self._files = LocalBackend(cache_dir or default)
+            self._backend = RemoteBackend(url, self._files)
+        else:
+            message = f"an artifact URL has a scheme such as file://, got {url!r}"
+            raise InvalidArgumentError(message, field="artifact_url")
+
+    def writer(self, name: str = "", media_type: str = "") -> ArtifactWriter:
+        """Begin a blob. Use in a with statement, and call `commit` on the result at its end."""
+        return ArtifactWriter(self._backend.stage(), name, media_type)
+
+    def put_bytes(self, data: bytes, name: str = "", media_type: str = "") -> artifacts_pb2.Artifact:
+        """Store bytes and return their artifact; the same bytes give the same digest."""
+        with self.writer(name, media_type) as writer:
+            writer.write(data)
+            return writer.commit()
+
+    def put_file(self, path: Path, name: str = "", media_type: str = "") -> artifacts_pb2.Artifact:
+        """Store a copy of a file and return its artifact, named as the file is unless `name` is given."""
+        with path.open("rb") as file, self.writer(name or path.name, media_type) as writer:
+            while chunk := file.read(_CHUNK):
+                writer.write(chunk)
+            return writer.commit()
+
+    def stat(self, digest: str) -> artifacts_pb2.Artifact:
+        """Return digest and size of a blob, or raise NotFoundError."""
+        try:
+            return artifacts_pb2.Artifact(digest=digest, size_bytes=self._backend.size(_blob_path(digest)))
+        except FileNotFoundError as error:
+            raise _not_found(digest) from error
+
+    def exists(self, digest: str) -> bool:
+        """Return whether the store holds a blob."""
+        try:
+            self.stat(digest)
+        except NotFoundError:
+            return False
+        return True
+
+    def open(self, digest: str, offset: int = 0) -> BinaryIO:
+        """Open a blob to read from a byte offset.
+
+        Read from its first byte in order, damage raises DataLossError with the last bytes, before they are returned.
+        From another offset nothing is verified; call `verify` first where that matters.
+
+        Raises:
+            NotFoundError: The store does not hold it.
+            InvalidArgumentError: The offset is outside of 0 to its size.
+        """
+        size = self.stat(digest).size_bytes
+        if not 0 <= offset <= size:
+            raise InvalidArgumentError(f"the offset {offset} is outside of the {size} bytes", field="offset")
+        try:
+            reader = VerifyingReader(self._backend.open(_blob_path(digest)), size, digest)
+        except FileNotFoundError as error:
+            raise _not_found(digest) from error
+        reader.seek(offset)
+        return io.BufferedReader(reader, _CHUNK)
+
+    def read_bytes(self, digest: str) -> bytes:
+        """Return a whole blob, verified.
+
+        Raises:
+            NotFoundError: The store does not hold it.
+            DataLossError: Its bytes do not match the digest.
+        """
+        with self.open(digest) as file:
+            return file.read()
+
+    def verify(self, digest: str) -> None:
+        """Read a whole blob and compare; raises as `read_bytes` does."""
+        with self.open(digest) as file:
+            while file.read(_CHUNK):
+                pass
+
+    def local_path(self, digest: str) -> Path:
+        """Return a file with a blob's content, not to be changed: the store's own, or a copy verified as it was made.
+
+        Raises:
+            NotFoundError: The store does not hold it.
+            DataLossError: The remote bytes do not match the digest.
+        """
+        path = _blob_path(digest)
+        if self._backend is not self._files and not self._is_cached(digest):
+            with self.open(digest) as file, ArtifactWriter(self._files.stage(), "", "") as writer:
+                while chunk := file.read(_CHUNK):
+                    writer.write(chunk)
+                if writer.digest != digest:
+                    raise damaged(digest)
+                writer.commit()
+        try:
+            return self._files.local_path(path)
+        except FileNotFoundError as error:
+            raise _not_found(digest) from error
+
+    def _is_cached(self, digest: str) -> bool:
+        try:
+            return self._files.size(_blob_path(digest)) == self.stat(digest).size_bytes
+        except FileNotFoundError:
+            return False
+
+    def set_ref(self, name: str, data: bytes) -> None:
+        """Set a small named value, such as "jobs/<id>/checkpoint"; readers see the old or the new one, never a mix."""
+        self._backend.replace(_ref_path(name), data)
+
+    def get_ref(self, name: str) -> bytes | None:
+        """Return a named value, or None where it is not set."""
+        try:
+            with self._backend.open(_ref_path(name)) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def delete_ref(self, name: str) -> None:
+        """Forget a named value; one that is not set is no error."""
+        self._backend.delete(_ref_path(name))
+
+    def list_refs(self, prefix: str = "") -> list[str]:
+        """Return all names that begin with a prefix, sorted."""
+        paths = self._backend.list(f"refs/{prefix}")
+        return sorted(path[len("refs/") : -len(_REF_SUFFIX)] for path in paths if path.endswith(_REF_SUFFIX))
