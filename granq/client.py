@@ -131,12 +131,12 @@ class Client:
         return self._call(self._pipelines.GetPipeline, request).pipeline
 
     def list(
-        self, *, states: Sequence[coordinator_pb2.PipelineState] = (), page_size: int = 0
+        self, *, states: Sequence[coordinator_pb2.PipelineState | str] = (), page_size: int = 0
     ) -> Iterator[coordinator_pb2.Pipeline]:
         """Yield pipelines, newest first, fetching further pages as they are needed.
 
         Args:
-            states: Only pipelines in one of these states. Default: all.
+            states: Only pipelines in one of these states, by value or by name. Default: all.
             page_size: Pipelines in one call, 0 to 1000. Default 0: the server's choice.
         """
         token = ""

@@ -1,0 +1,24 @@
+"""Puts the commands together."""
+
+import typer
+
+from granq.cli import artifacts, pipelines, quantize, up
+from granq.cli.exits import EPILOG
+
+
+def build() -> typer.Typer:
+    """Return the command with its subcommands."""
+    app = typer.Typer(
+        name="granq",
+        help="Zero-shot quantization as a service: a pretrained CNN in; a low-bit model, its engine and a report out.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command("up", epilog=EPILOG)(up.up)
+    app.command("quantize", epilog=EPILOG)(quantize.quantize)
+    app.add_typer(pipelines.app, name="pipelines")
+    app.add_typer(artifacts.app, name="artifacts")
+    return app
