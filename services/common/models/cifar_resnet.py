@@ -9,7 +9,7 @@ from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, N×I×H×W → N×O×H/stride×W/stride (a 1x1 projection where the shape changes)."""
+    """Two 3x3 convolutions and a shortcut, N×I×H×W → N×O×H/stride×W/stride (1x1 projection where the shape changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -29,7 +29,8 @@ class BasicBlock(nn.Module):
         """Return relu(body(x) + shortcut(x))."""
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return self.relu2(y + self.shortcut(x))
+        result: torch.Tensor = self.relu2(y + self.shortcut(x))
+        return result
 
 
 class CifarResNet(nn.Module):

@@ -1,0 +1,81 @@
+"""Files of the quantizer in the artifact store: training checkpoints and quantized models, both safetensors.
+
+safetensors holds tensors and text only, so reading one can run no code.
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, fx
+
+from granq.v1 import artifacts_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.errors import InvalidArgumentError
+from services.quantizer.config import Quantization
+from services.quantizer.student import build_student
+from services.quantizer.training import Trainer
+
+_MEDIA_TYPE = "application/vnd.safetensors"
+
+
+def _put(store: ArtifactStore, tensors: dict[str, Tensor], metadata: dict[str, str], name: str) -> artifacts_pb2.Artifact:
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return store.put_bytes(save(contiguous, metadata), name=name, media_type=_MEDIA_TYPE)
+
+
+def save_checkpoint(store: ArtifactStore, trainer: Trainer, seconds: float) -> artifacts_pb2.Artifact:
+    """Store all that training goes on from, the generator's state included by its digest."""
+    metadata = {"iteration": str(trainer.iteration), "generator": trainer.source.save(), "seconds": repr(seconds)}
+    return _put(store, trainer.state(), metadata, "training.safetensors")
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, str, float]:
+    """Return (tensors, finished iterations, digest of the generator's state or "", seconds spent)."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return load_file(path), int(metadata["iteration"]), metadata["generator"], float(metadata["seconds"])
+
+
+def save_student(
+    store: ArtifactStore, student: fx.GraphModule, quantization: Quantization, model_digest: str
+) -> artifacts_pb2.Artifact:
+    """Store a student with its number formats and the digest of the model that it was made from."""
+    metadata = {"quantization": quantization.to_json(), "model": model_digest}
+    return _put(store, student.state_dict(), metadata, "quantized.safetensors")
+
+
+def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[fx.GraphModule, Quantization]:
+    """Rebuild the student that ``save_student`` stored, on the graph of the same model.
+
+    Raises:
+        InvalidArgumentError: not a quantized model, or made from another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+        quantization = Quantization.from_json(metadata["quantization"])
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InvalidArgumentError(
+            f"the file is not a quantized model of this service: {error}",
+            reason="QUANTIZED_MODEL_UNREADABLE",
+            field="quantized_model",
+        ) from error
+    if metadata.get("model") != model_digest:
+        raise InvalidArgumentError(
+            f"the quantized model was made from {metadata.get('model')}, not from {model_digest}",
+            reason="QUANTIZED_MODEL_MISMATCH",
+            field="quantized_model",
+        )
+    student = build_student(model, quantization)
+    try:
+        student.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"the quantized model does not fit the model's graph: {str(error).splitlines()[-1].strip()}",
+            reason="QUANTIZED_MODEL_MISMATCH",
+            field="quantized_model",
+        ) from error
+    return student, quantization

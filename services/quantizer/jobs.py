@@ -1,0 +1,234 @@
+"""The quantizer's jobs. Each runs in a process of its own; ``request`` is the message of the call that started it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from granq.v1 import common_pb2, jobs_pb2, quantizer_pb2, reports_pb2
+from services.common.datasets import open_dataset
+from services.common.errors import FailedPreconditionError, InternalError
+from services.common.jobs import JobContext
+from services.common.models.loading import LoadedModel, load_model, summarize
+from services.quantizer.batches import BatchSource, ReplaySource, SyntheticSet, read_synthetic_set
+from services.quantizer.calibrate import calibrate
+from services.quantizer.checkpoint import load_checkpoint, load_student, save_checkpoint, save_student
+from services.quantizer.config import GeneratorLosses, Quantization, Training
+from services.quantizer.generator_client import CoTrainSource, opening
+from services.quantizer.integer import float_operations, integer_layers, is_exact, packed_bytes, to_integer
+from services.quantizer.onnx_export import OPSET, export_float, export_trt, save
+from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
+from services.quantizer.settings import QuantizerSettings
+from services.quantizer.student import build_student, simulated_logits, stop_tracking
+from services.quantizer.training import Progress, Trainer
+
+_ONNX = "application/onnx"
+
+
+def _prepare(settings: QuantizerSettings) -> torch.device:
+    """Set PyTorch up so that a run can be repeated bit for bit, and return the device to compute on."""
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not torch.cuda.is_available():
+        raise FailedPreconditionError(f"device {name!r} was configured, but PyTorch sees no CUDA device", reason="NO_CUDA")
+    return torch.device(name)
+
+
+def inspect(request: quantizer_pb2.StartInspectRequest, context: JobContext) -> jobs_pb2.JobResult:
+    """Read a model, try the quantization on its graph, and return the model's summary."""
+    _prepare(context.settings)
+    context.report("loading")
+    model = load_model(request.model, context.store)
+    if request.HasField("quantization"):
+        context.report("checking")
+        build_student(model.module, Quantization.from_proto(request.quantization))
+    return jobs_pb2.JobResult(inspection=summarize(model))
+
+
+def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -> jobs_pb2.JobResult:
+    """Calibrate and train a student, from the last checkpoint if there is one, and store it."""
+    started = time.monotonic()
+    device = _prepare(context.settings)
+    quantization = Quantization.from_proto(request.quantization)
+    training = Training.from_proto(request.training)
+    losses = GeneratorLosses.from_proto(request.generator)
+    context.report("loading")
+    model = load_model(request.model, context.store)
+    images = read_synthetic_set(
+        context.store.local_path(request.synthetic_set.digest), model.input_shape, model.num_classes
+    )
+    student = build_student(model.module, quantization).to(device)
+    checkpoint = context.load_checkpoint()
+    earlier, generator_state = 0.0, ""
+    tensors: dict[str, torch.Tensor] | None = None
+    if checkpoint is not None:
+        tensors, iteration, generator_state, earlier = load_checkpoint(context.store.local_path(checkpoint.digest))
+        context.log.info("resuming", iteration=iteration)
+    else:
+        context.report("calibrating")
+        set_ranges(student, quantization, images, device)
+    source = _open_source(request, training, images, context, device, generator_state)
+    try:
+        trainer = Trainer(student, training, losses, source)
+        if tensors is not None:
+            trainer.load_state(tensors, iteration)
+        _train(trainer, context, lambda: earlier + time.monotonic() - started)
+    except FloatingPointError as error:
+        raise InternalError(f"training diverged: {error}", reason="TRAINING_DIVERGED") from error
+    finally:
+        source.close()
+    stop_tracking(student)
+    held_out = images.held_out
+    agreement = simulated_logits(student, held_out.images.to(device)).argmax(1).cpu() == held_out.logits.argmax(1)
+    result = reports_pb2.QuantizationResult(
+        model=save_student(context.store, student, quantization, request.model.artifact.digest),
+        iterations=trainer.iteration,
+        teacher_agreement=float(agreement.float().mean()),
+        seconds=earlier + time.monotonic() - started,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    )
+    if training.iterations:
+        result.loss = trainer.last_epoch_loss
+    return jobs_pb2.JobResult(quantization=result)
+
+
+def set_ranges(
+    student: torch.nn.Module, quantization: Quantization, images: SyntheticSet, device: torch.device
+) -> None:
+    """Give a new student its first ranges from the synthetic training images."""
+    if quantization.deployable:
+        calibrate(student, images.train.images.to(device))
+    else:
+        # Moving ranges start from a few batches; dynamic ones need nothing, and the pass is cheap.
+        simulated_logits(student, images.train.images[:512].to(device))
+
+
+def _open_source(
+    request: quantizer_pb2.StartQuantizeRequest,
+    training: Training,
+    images: SyntheticSet,
+    context: JobContext,
+    device: torch.device,
+    generator_state: str,
+) -> BatchSource:
+    if not training.co_train or not training.iterations:
+        return ReplaySource(images.train, training.batch_size, training.seed, device)
+    context.report("connecting")
+    key = jobs_pb2.JobKey(job_id=context.job_id, pipeline_id=context.pipeline_id)
+    message = opening(
+        request.model, request.generator, training.batch_size, training.seed, key, resume_from=generator_state
+    )
+    return CoTrainSource(context.settings.generator_address, message, device)
+
+
+def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float]) -> None:
+    total = trainer.training.iterations
+
+    def report(progress: Progress) -> None:
+        warm = progress.iteration <= trainer.training.warmup_iterations
+        figures = {"loss_student": progress.student, "iterations_per_second": progress.iterations_per_second}
+        if trainer.source.wants_gradients:
+            figures["loss_generator"] = progress.generator
+        context.report("warm-up" if warm else "training", progress.iteration, total, **figures)
+
+    for iteration in trainer.run(report):
+        context.check_cancelled()
+        if iteration % trainer.training.checkpoint_interval == 0 and iteration < total:
+            context.save_checkpoint(save_checkpoint(context.store, trainer, seconds()))
+
+
+def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -> jobs_pb2.JobResult:
+    """Measure the fake-quantized student on a labelled set."""
+    device = _prepare(context.settings)
+    context.report("loading")
+    model, student, _ = _load_quantized(request.model, request.quantized_model.digest, context)
+    student.to(device)
+    dataset = open_dataset(request.dataset, context.settings.dataset_root, context.store)
+    seen = top1 = top5 = 0
+    with torch.no_grad():
+        for images, labels in dataset.images(64):
+            context.check_cancelled()
+            logits = student(torch.from_numpy(images).to(device)).cpu()
+            ranked = logits.topk(min(5, model.num_classes)).indices == torch.from_numpy(labels)[:, None]
+            seen, top1, top5 = seen + len(labels), top1 + int(ranked[:, 0].sum()), top5 + int(ranked.sum())
+            context.report("simulating", seen, len(dataset))
+    accuracy = reports_pb2.Accuracy(images=seen, top1=100 * top1 / seen)
+    if model.num_classes >= 6:
+        accuracy.top5 = 100 * top5 / seen
+    measurement = reports_pb2.Measurement(
+        form=reports_pb2.MEASURED_FORM_SIMULATED,
+        accuracy=accuracy,
+        runtime=f"torch {torch.__version__}",
+        device=str(device),
+    )
+    return jobs_pb2.JobResult(
+        evaluation=reports_pb2.EvaluationResult(measurements=[measurement], dataset=dataset.description)
+    )
+
+
+def _load_quantized(
+    source: common_pb2.ModelSource, digest: str, context: JobContext
+) -> tuple[LoadedModel, torch.fx.GraphModule, Quantization]:
+    model = load_model(source, context.store)
+    student, quantization = load_student(context.store.local_path(digest), model.module, source.artifact.digest)
+    return model, student, quantization
+
+
+def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jobs_pb2.JobResult:
+    """Write the two quantized ONNX files and the float one."""
+    _prepare(context.settings)
+    context.report("loading", 0, 4)
+    model, student, quantization = _load_quantized(request.model, request.quantized_model.digest, context)
+    if not quantization.deployable:
+        raise FailedPreconditionError(
+            f"{quantization.activation_granularity.name} activations have dynamic ranges, which no integer engine runs; "
+            "quantize with PER_CHANNEL to export",
+            reason="SIMULATION_ONLY",
+            field="quantized_model",
+        )
+    integer = to_integer(student)
+    files = {}
+    with TemporaryDirectory() as folder:
+        context.report("exporting for TensorRT", 1, 4)
+        files["trt"] = export_trt(integer, model.input_shape)
+        context.check_cancelled()
+        context.report("exporting for ONNX Runtime", 2, 4)
+        files["ort"] = to_onnx_runtime(files["trt"])
+        context.report("exporting the float model", 3, 4)
+        files["float"] = export_float(model.module, model.input_shape)
+        context.check_cancelled()
+        artifacts = {}
+        for name, file in files.items():
+            path = Path(folder, f"model_{name}.onnx")
+            save(file, path)
+            artifacts[name] = context.store.put_file(path, name=path.name, media_type=_ONNX)
+    layers = [
+        reports_pb2.LayerQuantization(
+            name=name,
+            weight_bits=layer.bits.weight,
+            activation_bits=layer.bits.activation,
+            activation_signed=layer.input_range.signed,
+            input_scale_folded=folded,
+            accumulator_bound=layer.accumulator_bound,
+        )
+        for name, layer, folded in integer_layers(integer)
+    ]
+    return jobs_pb2.JobResult(
+        export=reports_pb2.ExportResult(
+            onnx_trt=artifacts["trt"],
+            onnx_ort=artifacts["ort"],
+            onnx_float=artifacts["float"],
+            layers=layers,
+            float_operations=float_operations(integer),
+            opset=OPSET,
+            exact=is_exact(integer),
+            packed_bytes=packed_bytes(integer),
+        )
+    )

@@ -1,0 +1,253 @@
+"""Static quantizers with learned scales: the form of GranQ's channel-wise scaling that an integer engine runs.
+
+A scale per *sample* and channel cannot leave an integer sum. A static scale s[c] per channel can, because it moves
+into the weights: Σ W[o,c]·s[c]·q[c] = Σ W'[o,c]·q[c] with W' = W·s. So activations travel as integer codes q, and the
+layer that reads them quantizes W' per output channel, symmetric, with step t[o]:
+
+    codes   q = clip(round(x / s[c]), lo, hi)                      activation, straight-through gradient
+    weight  p = clip(round(W[o,c]·s[c] / t[o]), −m, m)             m = 2^(b−1) − 1
+    output  y = t[o] · (Σ p·q + round(bias[o] / t[o]))             an exact integer sum and one multiply
+
+Both steps are learned (LSQ, Esser et al. 2020). Scales are stored as logarithms: they stay positive, and a step of the
+optimizer is relative, so that channels of very different range learn at the same pace.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from services.quantizer.config import LayerBits
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """Integers that an activation's codes may take, ends included."""
+
+    lo: int
+    hi: int
+
+    @classmethod
+    def of(cls, bits: int, signed: bool) -> "CodeRange":
+        """Return the range that engines with signed 8-bit containers run.
+
+        Unsigned codes end at 127, so 8 bits after a ReLU are seven. Signed 8-bit codes use −128, because the
+        QuantizeLinear operator saturates there; fewer bits are symmetric.
+        """
+        if not signed:
+            return cls(0, min(2**bits - 1, 127))
+        return cls(-128, 127) if bits == 8 else cls(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+
+    @property
+    def signed(self) -> bool:
+        """Whether negative codes exist."""
+        return self.lo < 0
+
+
+class _Codes(torch.autograd.Function):
+    """Codes of ``v`` at step ``s``, differentiable in both as LSQ defines.
+
+    The result is q = clip(round(v/s)), an integer-valued float. Whoever reads q multiplies by s in effect (it sits in
+    the weights), so with g = ∂L/∂q: ∂L/∂v = g/s inside the range and 0 outside; ∂L/∂(s as LSQ means it) =
+    Σ (g/s)·(q − v/s) inside and Σ (g/s)·q outside, and ∂L/∂(ln s) is that times s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, log_scale: Tensor, lo: int, hi: int) -> Tensor:
+        inverse = torch.exp(-log_scale)
+        scaled = v * inverse
+        codes = scaled.round().clamp_(lo, hi)
+        ctx.save_for_backward(scaled, inverse)
+        ctx.range = (lo, hi)
+        return codes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        scaled, inverse = ctx.saved_tensors
+        lo, hi = ctx.range
+        clipped = scaled.clamp(lo, hi)
+        inside = clipped == scaled
+        grad_log_scale = None
+        if ctx.needs_input_grad[1]:
+            error = torch.where(inside, scaled.round() - scaled, clipped)
+            grad_log_scale = (grad * error).sum_to_size(inverse.shape)
+        grad_v = (grad * inverse).mul_(inside) if ctx.needs_input_grad[0] else None
+        return grad_v, grad_log_scale, None, None
+
+
+class _RoundThrough(torch.autograd.Function):
+    """Round half to even; the gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class ActivationQuantizer(nn.Module):
+    """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape and dtype, one learned scale per channel.
+
+    ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
+    or below ceiling/hi, so that clipping the codes also does the clipping of the activation.
+    """
+
+    log_scale: nn.Parameter
+
+    def __init__(self, channels: int, code_range: CodeRange, bits: int, ceiling: float | None = None) -> None:
+        super().__init__()
+        self.code_range = code_range
+        self.bits = bits
+        self.ceiling = ceiling
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+
+    def bounded_log_scale(self) -> Tensor:
+        """Return ln s, C, at most ln(ceiling/hi)."""
+        if self.ceiling is None:
+            return self.log_scale
+        limit = torch.log(torch.tensor(self.ceiling / self.code_range.hi, device=self.log_scale.device))
+        return torch.minimum(self.log_scale, limit)
+
+    def scale(self) -> Tensor:
+        """Return s, C, without a gradient: the readers' share of it is in ``_Codes``."""
+        return torch.exp(self.bounded_log_scale().detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the codes."""
+        log_scale = self.bounded_log_scale().view(1, -1, *[1] * (x.dim() - 2))
+        result: Tensor = _Codes.apply(x, log_scale, self.code_range.lo, self.code_range.hi)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        """Say channels, bits and range."""
+        return f"channels={self.log_scale.numel()}, bits={self.bits}, codes={self.code_range.lo}..{self.code_range.hi}"
+
+
+class Dequantize(nn.Module):
+    """Codes → float values, for readers that are no quantized layer (a residual add, a concatenation, a pooling)."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        # A plain reference: the quantizer's parameters belong to its own place in the graph.
+        self._quantizer = (quantizer,)
+
+    @property
+    def quantizer(self) -> ActivationQuantizer:
+        """The quantizer whose codes come in."""
+        return self._quantizer[0]
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return codes·s."""
+        return codes * self.quantizer.scale().view(1, -1, *[1] * (codes.dim() - 2))
+
+
+class CodesMean(nn.Module):
+    """Global average pooling of codes N×C×H×W → float N×C×1×1.
+
+    Integer codes are added first and scaled once. The sum is exact in float32 below 2^24, so that its order does not
+    matter and every runtime returns the same bits; a mean of scaled floats would not.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self._quantizer = (quantizer,)
+
+    @property
+    def quantizer(self) -> ActivationQuantizer:
+        """The quantizer whose codes come in."""
+        return self._quantizer[0]
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return the mean over H×W of codes·s."""
+        factor = self.quantizer.scale() / (codes.shape[2] * codes.shape[3])
+        return codes.sum((2, 3), keepdim=True) * factor.view(1, -1, 1, 1)
+
+
+class QuantizedLayer(nn.Module, ABC):
+    """What a quantized convolution and a quantized linear layer share: weight, bias, weight step, bits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, quantizer: ActivationQuantizer, bits: LayerBits) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+        self.log_step = nn.Parameter(torch.zeros(weight.shape[0]))
+        self.bits = bits
+        self._quantizer = (quantizer,)
+
+    @property
+    def quantizer(self) -> ActivationQuantizer:
+        """The quantizer whose codes come in."""
+        return self._quantizer[0]
+
+    @property
+    def limit(self) -> int:
+        """Largest weight code m = 2^(b−1) − 1; the range is symmetric."""
+        return int(2 ** (self.bits.weight - 1) - 1)
+
+    @abstractmethod
+    def input_scale(self) -> Tensor:
+        """Return s of the layer's input laid out to multiply the weight."""
+
+    def folded_weight(self) -> Tensor:
+        """Return W' = W·s, shaped as the weight: what is quantized."""
+        return self.weight * self.input_scale()
+
+    def weight_codes(self) -> Tensor:
+        """Return the integer-valued codes p of W', shaped as the weight."""
+        log_step = self.log_step.view(-1, *[1] * (self.weight.dim() - 1))
+        codes: Tensor = _Codes.apply(self.folded_weight(), log_step, -self.limit, self.limit)  # type: ignore[no-untyped-call]
+        return codes
+
+    def quantized_weight_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Return p·t, shaped as the weight, and the bias on the accumulator's grid, O."""
+        step = torch.exp(self.log_step.detach())
+        weight = self.weight_codes() * step.view(-1, *[1] * (self.weight.dim() - 1))
+        bias: Tensor = _RoundThrough.apply(self.bias / step) * step  # type: ignore[no-untyped-call]
+        return weight, bias
+
+    def extra_repr(self) -> str:
+        """Say shape and bits."""
+        return f"{tuple(self.weight.shape)}, W{self.bits.weight}A{self.bits.activation}"
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """Convolution of codes N×I×H×W → float N×O×H'×W'; zero padding only (code 0 is the value 0)."""
+
+    def __init__(self, conv: nn.Conv2d, quantizer: ActivationQuantizer, bits: LayerBits) -> None:
+        bias = conv.bias.detach().clone() if conv.bias is not None else torch.zeros(conv.out_channels)
+        super().__init__(conv.weight.detach().clone(), bias.to(conv.weight.device), quantizer, bits)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+
+    def input_scale(self) -> Tensor:
+        """Return s[c] for each (o, i) of the weight, O×I/groups×1×1."""
+        outputs, inputs = self.weight.shape[:2]
+        scale = self.quantizer.scale().view(self.groups, 1, inputs)
+        return scale.expand(self.groups, outputs // self.groups, inputs).reshape(outputs, inputs, 1, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return the float output."""
+        weight, bias = self.quantized_weight_and_bias()
+        return F.conv2d(codes, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """Linear layer of codes N×F → float N×O."""
+
+    def __init__(self, linear: nn.Linear, quantizer: ActivationQuantizer, bits: LayerBits) -> None:
+        bias = linear.bias.detach().clone() if linear.bias is not None else torch.zeros(linear.out_features)
+        super().__init__(linear.weight.detach().clone(), bias.to(linear.weight.device), quantizer, bits)
+
+    def input_scale(self) -> Tensor:
+        """Return s[f], 1×F."""
+        return self.quantizer.scale().view(1, -1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return the float output."""
+        weight, bias = self.quantized_weight_and_bias()
+        return F.linear(codes, weight, bias)

@@ -1,0 +1,163 @@
+"""Rewrites the TensorRT flavour of a quantized graph so that ONNX Runtime on a CPU runs it with INT8 kernels.
+
+The codes, weights and factors are the same; only how codes are carried differs. ONNX Runtime's kernels want unsigned
+8-bit activations and the clip *behind* the quantization:
+
+    QuantizeLinear(1, uint8 z) → Clip(lo+z, hi+z) → DequantizeLinear       z = 0, or 128 where codes are signed
+
+A convolution that feeds a quantization directly becomes DequantizeLinear(weight, factor) → Conv(bias·factor), which the
+runtime fuses to QLinearConv; every other one (before a residual addition, say) becomes ConvInteger → Cast → Add → Mul,
+and a linear layer MatMulInteger → Cast → Add → Mul, which are integer kernels as they stand.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+
+@dataclass
+class _Codes:
+    """An activation's codes in the new graph: value names of the uint8 tensor and of its float form."""
+
+    unsigned: str
+    values: str
+    zero_point: str
+
+
+@dataclass
+class _Rewriter:
+    model: onnx.ModelProto
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+    codes: dict[str, _Codes] = field(default_factory=dict)  # by the old float name
+
+    def __post_init__(self) -> None:
+        graph = self.model.graph
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.outputs = {value.name for value in graph.output}
+        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant":
+                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+
+    def constant(self, name: str, value: NDArray[np.generic]) -> str:
+        self.initializers[name] = value
+        return name
+
+    def add(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"node_{output}", **attributes))
+        return output
+
+    def only_reader(self, name: str) -> NodeProto | None:
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+    def quantizes_directly(self, name: str) -> bool:
+        """Whether the value goes to one quantization and nowhere else."""
+        reader = self.only_reader(name)
+        if reader is not None and reader.op_type == "Clip":
+            reader = self.only_reader(reader.output[0])
+        return reader is not None and reader.op_type == "QuantizeLinear"
+
+
+def to_onnx_runtime(trt: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the ONNX Runtime flavour of a graph that ``onnx_export.export_trt`` made; ``trt`` is left as it is."""
+    rewriter = _Rewriter(trt)
+    done: set[str] = set()  # outputs of old nodes that a later pattern has replaced
+    for node in trt.graph.node:
+        if node.op_type == "Constant" or node.output[0] in done:
+            continue
+        if node.op_type == "DequantizeLinear" and node.input[0] in rewriter.producer:
+            _rewrite_codes(rewriter, node)
+        elif node.op_type in ("Conv", "Gemm") and node.input[0] in rewriter.codes:
+            multiply = rewriter.only_reader(node.output[0])
+            if multiply is None or multiply.op_type != "Mul":
+                raise ValueError(f"{node.name}: a quantized layer must be followed by its factor")
+            _rewrite_layer(rewriter, node, multiply)
+            done.add(multiply.output[0])
+        elif not _belongs_to_pattern(rewriter, node):
+            kept = NodeProto()
+            kept.CopyFrom(node)
+            rewriter.nodes.append(kept)
+    return _assemble(rewriter, trt)
+
+
+def _belongs_to_pattern(rewriter: _Rewriter, node: NodeProto) -> bool:
+    """Whether another rewrite takes this node along: weight dequantization, clip and quantization of codes."""
+    if node.op_type == "DequantizeLinear":
+        return True  # of a weight: its input is a constant
+    if node.op_type == "QuantizeLinear":
+        return True
+    reader = rewriter.only_reader(node.output[0])
+    return node.op_type == "Clip" and reader is not None and reader.op_type == "QuantizeLinear"
+
+
+def _rewrite_codes(rewriter: _Rewriter, dequantize: NodeProto) -> None:
+    quantize = rewriter.producer[dequantize.input[0]]
+    source, lo, hi = quantize.input[0], -128, 127
+    clip = rewriter.producer.get(source)
+    if clip is not None and clip.op_type == "Clip":
+        lo, hi = (int(rewriter.constants[name]) for name in clip.input[1:3])
+        source = clip.input[0]
+    name = dequantize.output[0]
+    zero = 128 if lo < 0 else 0
+    zero_point = rewriter.constant(f"zero_point_{zero}", np.array(zero, np.uint8))
+    one = rewriter.constant("one", np.array(1, np.float32))
+    unsigned = rewriter.add("QuantizeLinear", [source, one, zero_point], f"{name}_rounded")
+    if (lo + zero, hi + zero) != (0, 255):
+        bounds = [rewriter.constant(f"code_{b + zero}", np.array(b + zero, np.uint8)) for b in (lo, hi)]
+        unsigned = rewriter.add("Clip", [unsigned, *bounds], f"{name}_codes")
+    rewriter.add("DequantizeLinear", [unsigned, one, zero_point], name)
+    rewriter.codes[name] = _Codes(unsigned, name, zero_point)
+
+
+def _rewrite_layer(rewriter: _Rewriter, layer: NodeProto, multiply: NodeProto) -> None:
+    weight = rewriter.constants[rewriter.producer[layer.input[1]].input[0]]
+    bias = rewriter.constants[layer.input[2]] if len(layer.input) > 2 else np.zeros(weight.shape[0], np.float32)
+    factor_name = next(name for name in multiply.input if name != layer.output[0])
+    factor = rewriter.constants[factor_name]
+    output = multiply.output[0]
+    codes = rewriter.codes[layer.input[0]]
+    attributes = {a.name: helper.get_attribute_value(a) for a in layer.attribute}
+    zero = rewriter.constant("weight_zero_point", np.array(0, np.int8))
+    if layer.op_type == "Gemm":
+        matrix = rewriter.constant(f"{output}_weight", np.ascontiguousarray(weight.T if attributes.get("transB") else weight))
+        sums = rewriter.add("MatMulInteger", [codes.unsigned, matrix, codes.zero_point, zero], f"{output}_sums")
+    else:
+        kernel = rewriter.constant(f"{output}_weight", weight)
+        if rewriter.quantizes_directly(output):
+            flat = factor.reshape(-1).astype(np.float32)
+            scale = rewriter.constant(f"{output}_scale", flat)
+            values = rewriter.add("DequantizeLinear", [kernel, scale], f"{output}_kernel", axis=0)
+            scaled = rewriter.constant(f"{output}_bias", (bias * flat).astype(np.float32))
+            rewriter.add("Conv", [codes.values, values, scaled], output, **attributes)
+            return
+        sums = rewriter.add("ConvInteger", [codes.unsigned, kernel, codes.zero_point, zero], f"{output}_sums", **attributes)
+    shape = (1, -1) if layer.op_type == "Gemm" else (1, -1, *[1] * (weight.ndim - 2))
+    shift = rewriter.constant(f"{output}_bias", bias.reshape(shape).astype(np.float32))
+    cast = rewriter.add("Cast", [sums], f"{output}_float", to=TensorProto.FLOAT)
+    rewriter.add("Mul", [rewriter.add("Add", [cast, shift], f"{output}_biased"), factor_name], output)
+    rewriter.initializers[factor_name] = factor
+
+
+def _assemble(rewriter: _Rewriter, trt: onnx.ModelProto) -> onnx.ModelProto:
+    made = {name for node in rewriter.nodes for name in node.output} | {value.name for value in trt.graph.input}
+    for node in rewriter.nodes:
+        for name in node.input:
+            if name and name not in made and name not in rewriter.initializers:
+                rewriter.initializers[name] = rewriter.constants[name]
+    used = {name for node in rewriter.nodes for name in node.input}
+    tensors = [numpy_helper.from_array(v, k) for k, v in rewriter.initializers.items() if k in used]
+    graph = helper.make_graph(rewriter.nodes, trt.graph.name, trt.graph.input, trt.graph.output, tensors)
+    model = helper.make_model(
+        graph, opset_imports=trt.opset_import, ir_version=trt.ir_version, producer_name=trt.producer_name
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model

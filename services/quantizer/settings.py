@@ -1,0 +1,25 @@
+"""Settings of the quantizer."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from services.common.settings import ServerSettings
+
+
+class QuantizerSettings(ServerSettings):
+    """Settings of the quantizer, prefix GRANQ_."""
+
+    port: int = Field(default=50052, ge=0, le=65535, description="Port of the RPCs; 0 lets the system choose.")
+    generator_address: str = Field(
+        default="127.0.0.1:50051", description="host:port of the generator, for joint training."
+    )
+    dataset_root: Path = Field(
+        default=Path("/usr/share/datasets"), description="Folder that labelled sets are read from, and nothing above it."
+    )
+    torch_threads: int = Field(
+        default=0, ge=0, le=1024, description="CPU threads of a job; 0 takes PyTorch's default, the number of cores."
+    )
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where jobs compute; auto takes CUDA if present."
+    )

@@ -1,0 +1,220 @@
+"""Turns a float model into a student for quantization-aware training.
+
+Two families, never mixed (see ``config.Quantization.deployable``):
+
+* deployable: BatchNorm folded, every convolution and linear layer reads integer codes with a static learned scale per
+  channel, weights symmetric per output channel (``learned.py``). Tensors that a layer and something else read, such as
+  a residual shortcut, are quantized for both, so that an engine keeps them in 8 bits.
+* simulated: the paper's form. Dynamic ranges after each ReLU, asymmetric weights, BatchNorm kept with frozen statistics
+  and trained affine. The image, shortcuts before the addition, pooled features and linear bottlenecks stay float.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from services.common.errors import FailedPreconditionError
+from services.quantizer.config import Quantization, WeightGranularity
+from services.quantizer.fake_quant import DynamicActivation, fake_quantize, weight_dims
+from services.quantizer.graph import (
+    BATCH_NORM_TYPES,
+    ceiling_of,
+    channels_of,
+    fold_batch_norms,
+    input_of,
+    insert_module,
+    is_non_negative,
+    layers,
+    module_of,
+    set_module,
+)
+from services.quantizer.learned import (
+    ActivationQuantizer,
+    CodeRange,
+    CodesMean,
+    Dequantize,
+    QuantizedConv2d,
+    QuantizedLinear,
+)
+
+POOL_BITS = 8  # of the input of a global average pooling that no layer reads: see learned.CodesMean
+
+
+def layer_names(model: fx.GraphModule) -> list[str]:
+    """Return the names of the layers that are quantized, in order of execution."""
+    return [str(node.target) for node, _ in layers(model)]
+
+
+def build_student(model: fx.GraphModule, quantization: Quantization) -> fx.GraphModule:
+    """Return a student on ``model``'s weights; ``model`` is left as it is.
+
+    Args:
+        model: Module-level graph in evaluation mode with recorded shapes, as model intake returns it.
+        quantization: Number formats.
+
+    Returns:
+        Graph module, image N×C×H×W → logits N×K. In the deployable family scales are unset until ``calibrate``.
+
+    Raises:
+        InvalidArgumentError: an override names no layer.
+        FailedPreconditionError: a layer cannot be quantized (padding other than zeros).
+    """
+    quantization.check_layers(layer_names(model))
+    student = copy.deepcopy(model)
+    (_deployable if quantization.deployable else _simulated)(student, quantization)
+    student.graph.lint()
+    student.recompile()
+    student.eval()
+    for module in student.modules():
+        if isinstance(module, BATCH_NORM_TYPES):
+            module.eval()
+    return student
+
+
+def _deployable(student: fx.GraphModule, quantization: Quantization) -> None:
+    fold_batch_norms(student)
+    quantizers: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]] = {}
+
+    def codes_of(source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
+        if (source, bits) not in quantizers:
+            ceiling = ceiling_of(student, source)
+            code_range = CodeRange.of(bits, signed=not is_non_negative(student, source))
+            quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling)
+            name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in quantizers) else "")
+            quantizers[source, bits] = insert_module(student, source, source, name, quantizer), quantizer
+        return quantizers[source, bits]
+
+    for node, layer in list(layers(student)):
+        source = input_of(node)
+        bits = quantization.bits(str(node.target), reads_input=source.op == "placeholder")
+        codes, quantizer = codes_of(source, bits.activation)
+        quantized: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            if layer.padding_mode != "zeros":
+                raise FailedPreconditionError(
+                    f"layer {node.target} pads with {layer.padding_mode!r}; only zero padding can be quantized",
+                    reason="PADDING_MODE_UNSUPPORTED",
+                    field="model.artifact",
+                )
+            quantized = QuantizedConv2d(layer, quantizer, bits)
+        else:
+            quantized = QuantizedLinear(layer, quantizer, bits)
+        set_module(student, str(node.target), quantized)
+        node.args = (codes,)
+    for node in list(student.graph.nodes):
+        pool = module_of(student, node)
+        if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1)):
+            source = input_of(node)
+            shared = next((pair for (s, _), pair in quantizers.items() if s is source), None)
+            codes, quantizer = shared or codes_of(source, POOL_BITS)
+            set_module(student, str(node.target), CodesMean(quantizer))
+            node.args = (codes,)
+    _dequantize_for_others(student, quantizers)
+
+
+def _dequantize_for_others(
+    student: fx.GraphModule, quantizers: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]]
+) -> None:
+    """Let every other reader of a quantized tensor read the dequantized codes (of the most bits, if there are several)."""
+    by_source: dict[fx.Node, list[tuple[fx.Node, ActivationQuantizer]]] = {}
+    for (source, _), pair in quantizers.items():
+        by_source.setdefault(source, []).append(pair)
+    for source, pairs in by_source.items():
+        own = {codes for codes, _ in pairs}
+        others = [user for user in source.users if user not in own]
+        if not others:
+            continue
+        codes, quantizer = max(pairs, key=lambda pair: pair[1].bits)
+        node = insert_module(student, codes, codes, f"values_{source.name}", Dequantize(quantizer))
+        for user in others:
+            user.replace_input_with(source, node)
+
+
+class _SimulatedWeight(nn.Module):
+    """Parametrization that fake-quantizes a weight by its own range at every use."""
+
+    def __init__(self, bits: int, granularity: WeightGranularity) -> None:
+        super().__init__()
+        self.bits = bits
+        self.granularity = granularity
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the fake-quantized weight, same shape."""
+        return fake_quantize(weight, weight_dims(weight.dim(), self.granularity), self.bits)
+
+
+class _SimulatedConv2d(nn.Module):
+    """Convolution with a fake-quantized weight."""
+
+    def __init__(self, conv: nn.Conv2d, quantize: _SimulatedWeight) -> None:
+        super().__init__()
+        self.weight, self.bias, self.quantize = conv.weight, conv.bias, quantize
+        self._arguments: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the float output."""
+        return F.conv2d(x, self.quantize(self.weight), self.bias, *self._arguments)
+
+
+class _SimulatedLinear(nn.Module):
+    """Linear layer with a fake-quantized weight."""
+
+    def __init__(self, linear: nn.Linear, quantize: _SimulatedWeight) -> None:
+        super().__init__()
+        self.weight, self.bias, self.quantize = linear.weight, linear.bias, quantize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the float output."""
+        return F.linear(x, self.quantize(self.weight), self.bias)
+
+
+def _simulated(student: fx.GraphModule, quantization: Quantization) -> None:
+    readers = {input_of(node): str(node.target) for node, _ in layers(student)}
+    for node, layer in list(layers(student)):
+        bits = quantization.bits(str(node.target))
+        quantize = _SimulatedWeight(bits.weight, quantization.weight_granularity)
+        simulated = (
+            _SimulatedConv2d(layer, quantize) if isinstance(layer, nn.Conv2d) else _SimulatedLinear(layer, quantize)
+        )
+        set_module(student, str(node.target), simulated)
+    for node in list(student.graph.nodes):
+        if isinstance(module_of(student, node), (nn.ReLU, nn.ReLU6)):
+            reader = readers.get(node)
+            bits_here = quantization.bits(reader).activation if reader else quantization.activation_bits
+            quantizer = DynamicActivation(bits_here, quantization.activation_granularity)
+            others = list(node.users)
+            quantized = insert_module(student, node, node, f"fake_{node.name}", quantizer)
+            for user in others:
+                user.replace_input_with(node, quantized)
+
+
+def stop_tracking(student: nn.Module) -> None:
+    """Freeze the moving ranges of PER_TENSOR activations."""
+    for module in student.modules():
+        if isinstance(module, DynamicActivation):
+            module.tracking = False
+
+
+def trainable(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return (weights, biases and affines; logarithms of scales), in a fixed order."""
+    weights, scales = [], []
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(True)
+        (scales if name.endswith(("log_scale", "log_step")) else weights).append(parameter)
+    return weights, scales
+
+
+def no_grad_copy(model: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy in evaluation mode whose parameters need no gradient (a teacher)."""
+    teacher = copy.deepcopy(model).eval()
+    teacher.requires_grad_(False)
+    return teacher
+
+
+@torch.no_grad()
+def simulated_logits(student: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+    """Return the student's fake-quantized logits N×K of images N×C×H×W, in batches."""
+    return torch.cat([student(part) for part in images.split(batch)])

@@ -1,0 +1,173 @@
+"""Quantization-aware training: one loop for both families of students and both sources of images.
+
+An iteration runs the student once. Its logits give both gradients that are needed, the one of the generator's loss by
+the images and the one of the student's loss by the parameters (the published way runs the student twice):
+
+    S = student(x)
+    g_x, g_T = ∂(L_h + β·L_cls)/∂x, ∂T    sent to the generator, which takes its step meanwhile
+    ∂L_S/∂parameters                       the student's own step; left out during warm-up
+
+This is the same arithmetic as the published sequence, because the generator's step leaves the student as it is.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from services.quantizer.batches import BatchSource
+from services.quantizer.config import GeneratorLosses, Training
+from services.quantizer.losses import generator_loss, student_loss
+from services.quantizer.student import stop_tracking, trainable
+
+SCALE_LEARNING_RATE = 1e-2  # of Adam on the logarithms of the scales: at most about 1 % a step
+
+
+@dataclass
+class Progress:
+    """Where a training is: ``iteration`` counts finished ones; losses are means since the last report."""
+
+    iteration: int
+    student: float
+    generator: float
+    iterations_per_second: float
+
+
+class Trainer:
+    """Trains a student in place; its state can be taken and restored at any iteration boundary, bit for bit."""
+
+    def __init__(
+        self, student: fx.GraphModule, training: Training, losses: GeneratorLosses, source: BatchSource
+    ) -> None:
+        self.student = student
+        self.training = training
+        self.losses = losses
+        self.source = source
+        self.iteration = 0
+        self._epoch = torch.zeros(2, dtype=torch.float64)  # sum and count of L_S in the last epoch
+        weights, scales = trainable(student)
+        self._parameters = weights + scales
+        self._weights = torch.optim.SGD(
+            weights,
+            training.learning_rate,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+            nesterov=training.momentum > 0,
+        )
+        self._scales = torch.optim.Adam(scales, SCALE_LEARNING_RATE) if scales else None
+
+    def rate(self, iteration: int) -> float:
+        """Return the factor on the learning rates at ``iteration``, 0 to 1."""
+        if self.training.cosine:
+            begin = self.training.warmup_iterations
+            span = max(1, self.training.iterations - begin)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, iteration - begin) / span)))
+        epoch = iteration // self.training.iterations_per_epoch
+        return float(0.1 ** sum(epoch >= m for m in self.training.milestones))
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Do one iteration; return (L_S, L_h + β·L_cls) as detached scalars, the latter 0 without a generator."""
+        if self.iteration == self.training.warmup_iterations:
+            stop_tracking(self.student)
+        batch = self.source.next(self.iteration)
+        learns = self.iteration >= self.training.warmup_iterations
+        images = batch.images.requires_grad_(self.source.wants_gradients)
+        student = self.student(images)
+        generator = torch.zeros(())
+        if self.source.wants_gradients:
+            teacher = batch.logits.detach().requires_grad_()
+            leaf = student.detach().requires_grad_()
+            generator = generator_loss(teacher, leaf, batch.labels, self.losses)
+            by_teacher, by_student = torch.autograd.grad(generator, (teacher, leaf))
+            (by_images,) = torch.autograd.grad(student, images, by_student, retain_graph=learns)
+            self.source.answer(self.iteration, by_images, by_teacher)
+        loss = student_loss(batch.logits.detach(), student, self.training.temperature)
+        if learns:
+            self._learn(loss)
+        self.iteration += 1
+        return loss.detach(), generator.detach()
+
+    def _learn(self, loss: Tensor) -> None:
+        factor = self.rate(self.iteration)
+        self._weights.param_groups[0]["lr"] = self.training.learning_rate * factor
+        self._weights.zero_grad()
+        if self._scales is not None:
+            self._scales.param_groups[0]["lr"] = SCALE_LEARNING_RATE * factor
+            self._scales.zero_grad()
+        loss.backward(inputs=self._parameters)  # type: ignore[no-untyped-call]
+        self._weights.step()
+        if self._scales is not None:
+            self._scales.step()
+
+    @property
+    def last_epoch_loss(self) -> float:
+        """Mean of L_S over the last epoch so far; NaN before it."""
+        return float(self._epoch[0] / self._epoch[1])
+
+    def run(self, report: Callable[[Progress], None]) -> Iterator[int]:
+        """Train to the end, yielding the number of finished iterations after each, so that the caller can save or stop.
+
+        Raises:
+            FloatingPointError: the loss became NaN or infinite.
+        """
+        epoch = self.training.iterations_per_epoch
+        sums, count, since = torch.zeros(2), 0, time.monotonic()
+        while self.iteration < self.training.iterations:
+            losses = torch.stack([value.cpu() for value in self.step()])
+            if not torch.isfinite(losses).all():
+                raise FloatingPointError(f"loss {losses.tolist()} at iteration {self.iteration}; lower the learning rate")
+            sums, count = sums + losses, count + 1
+            if self.iteration > self.training.iterations - epoch:
+                self._epoch += torch.stack([losses[0].double(), torch.ones((), dtype=torch.float64)])
+            now = time.monotonic()
+            if now - since >= 0.5 or self.iteration == self.training.iterations:
+                mean = (sums / count).tolist()
+                report(Progress(self.iteration, mean[0], mean[1], count / max(now - since, 1e-9)))
+                sums, count, since = torch.zeros(2), 0, now
+            yield self.iteration
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors that the next iteration depends on, apart from the source's, by name."""
+        tensors = {f"student.{name}": value.detach() for name, value in self.student.state_dict().items()}
+        for prefix, optimizer in (("weights", self._weights), ("scales", self._scales)):
+            if optimizer is not None:
+                tensors |= {f"{prefix}.{name}": value for name, value in _optimizer_tensors(optimizer).items()}
+        return tensors | {"epoch": self._epoch.clone()}
+
+    def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
+        """Go back to a state that ``state`` returned after ``iteration`` finished iterations."""
+        self.student.load_state_dict(_under(tensors, "student."))
+        _load_optimizer(self._weights, _under(tensors, "weights."))
+        if self._scales is not None:
+            _load_optimizer(self._scales, _under(tensors, "scales."))
+        self._epoch = tensors["epoch"].clone()
+        self.iteration = iteration
+        if iteration > self.training.warmup_iterations:
+            stop_tracking(self.student)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors as "parameter index.name"."""
+    found = {}
+    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                found[f"{index}.{name}"] = value
+    return found
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
+    optimizer.state.clear()
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        device = "cpu" if name == "step" else parameter.device
+        optimizer.state[parameter][name] = value.to(device, copy=True)
