@@ -184,7 +184,7 @@ class Client:
         """Remove a pipeline that has ended."""
         self._call(self._pipelines.DeletePipeline, coordinator_pb2.DeletePipelineRequest(pipeline_id=pipeline_id))
 
-    def _call(self, method: grpc.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT) -> ResponseT:
+    def _call(self, method: "grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]", request: RequestT) -> ResponseT:
         try:
             return method(request, timeout=self._timeout)
         except grpc.RpcError as error:
