@@ -40,6 +40,7 @@ ENV PATH=/opt/granq/bin:$PATH \
     GRANQ_HOST=0.0.0.0 \
     GRANQ_LOG_FORMAT=json \
     GRANQ_ARTIFACT_URL=file:///data/artifacts \
+    GRANQ_DATASET_ROOT=/data/datasets \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 WORKDIR /data

@@ -37,6 +37,22 @@ def configuration(objects: Objects) -> dict[str, str]:
     return dict(config["data"])
 
 
+def environment(service: str, container: dict[str, Any]) -> dict[str, str]:
+    """Return the container's own variables as Kubernetes would fill them in for its first pod."""
+    filled = {}
+    for entry in container.get("env", []):
+        match entry:
+            case {"name": name, "value": value}:
+                filled[name] = value
+            case {"name": name, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}:
+                filled[name] = f"granq-{service}-0"
+            case {"name": name, "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}:
+                filled[name] = container["resources"]["limits"]["cpu"]
+            case _:
+                pytest.fail(f"this test does not know how Kubernetes fills in {entry}")
+    return filled
+
+
 def test_the_four_services_are_there(objects: Objects) -> None:
     assert {name for name, _, _ in workloads(objects)} == set(SERVICES)
     assert set(of_kind(objects, "StatefulSet")) == {"granq-coordinator"}
@@ -154,8 +170,7 @@ def test_settings_are_known_and_valid(objects: Objects, monkeypatch: pytest.Monk
     (name,) = of_kind(objects, "ConfigMap")
     for service, _, container in workloads(objects):
         assert container["envFrom"] == [{"configMapRef": {"name": name}}]
-        own = {entry["name"]: entry.get("value", "granq-coordinator-0") for entry in container.get("env", [])}
-        own = {key: value for key, value in own.items() if key.startswith("GRANQ_")}
+        own = {key: value for key, value in environment(service, container).items() if key.startswith("GRANQ_")}
         assert set(own) <= settings_variables(service)
         with monkeypatch.context() as patch:
             for key, value in {**shared, **own}.items():
@@ -163,6 +178,7 @@ def test_settings_are_known_and_valid(objects: Objects, monkeypatch: pytest.Monk
             settings = settings_class(service)().model_dump()
         assert settings["host"] == "0.0.0.0"
         assert settings["log_format"] == "json"
+        assert settings.get("onnx_threads") in {None, int(float(container["resources"]["limits"]["cpu"]))}
 
 
 def test_workflows_are_kept_on_the_coordinator_s_own_volume(objects: Objects) -> None:
