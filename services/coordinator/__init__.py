@@ -1,0 +1,1 @@
+"""Coordinator: takes pipelines from users and drives them through the workers, durably."""

@@ -1,0 +1,104 @@
+"""Opens the coordinator's database, SQLite or PostgreSQL, and brings its tables up."""
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
+from sqlalchemy.orm import Session
+
+from services.common.errors import FailedPreconditionError, InvalidArgumentError
+from services.coordinator.tables import SCHEMA_VERSION, Base, SchemaRow
+
+_BUSY_SECONDS = 30
+
+
+def parse_url(text: str) -> URL:
+    """Return the database URL with the driver that this project installs.
+
+    Raises:
+        InvalidArgumentError: The text is no URL, or names a database other than SQLite (in a file) or PostgreSQL.
+    """
+    try:
+        url = make_url(text)
+        backend = url.get_backend_name()
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        raise InvalidArgumentError(
+            "database_url is not a database URL; it looks like sqlite:////var/lib/granq/coordinator.sqlite or "
+            "postgresql://user:password@host/database",
+            field="database_url",
+        ) from error
+    if backend == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            raise InvalidArgumentError(
+                "database_url names an SQLite database in memory, which a restart would lose; give a file",
+                field="database_url",
+            )
+        return url
+    if backend == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    raise InvalidArgumentError(
+        f"database_url names {backend}; only sqlite and postgresql are supported", field="database_url"
+    )
+
+
+def sqlite_path(url: URL) -> Path | None:
+    """Return the file of an SQLite database, None for PostgreSQL."""
+    return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+
+
+def open_database(url: URL) -> Engine:
+    """Connect to the database and create the tables that are missing.
+
+    SQLite runs in write-ahead mode, so that readers never wait for the writer, and takes its write lock at the begin of
+    a writing transaction, so that read-then-write never fails half-way. Committed rows outlive a power loss.
+
+    Raises:
+        FailedPreconditionError: The tables were written by another version of the coordinator.
+    """
+    path = sqlite_path(url)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    else:
+        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args={"connect_timeout": 10})
+    Base.metadata.create_all(engine)
+    _check_version(engine)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver's own transaction handling begins too late (at the first write); SQLAlchemy's begin event does it here.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_SECONDS * 1000}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def read_session(engine: Engine) -> Session:
+    """Return a session that only reads: on SQLite it takes no write lock and sees one snapshot."""
+    return Session(engine.execution_options(granq_reads=True))
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    reads = connection.get_execution_options().get("granq_reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _check_version(engine: Engine) -> None:
+    with Session(engine) as session:
+        found = session.scalars(select(SchemaRow.version)).one_or_none()
+        if found is None:
+            session.add(SchemaRow(version=SCHEMA_VERSION))
+            try:
+                session.commit()
+            except IntegrityError:  # another coordinator started at the same moment and wrote the row
+                session.rollback()
+                found = session.scalars(select(SchemaRow.version)).one()
+    if found is not None and found != SCHEMA_VERSION:
+        raise FailedPreconditionError(
+            f"the database's tables have version {found}, this coordinator needs {SCHEMA_VERSION}; "
+            "run the version that wrote them, or give another database_url",
+            field="database_url",
+        )

@@ -1,0 +1,156 @@
+"""The workflow engine: DBOS behind the few calls that the coordinator needs.
+
+What DBOS gives: a started workflow is on disk before `start` returns, and a restarted process goes on behind its last
+finished step. What it does not give is done here or by the caller: executor id and application version set explicitly
+(with the defaults, a second process runs a live step twice and every code change orphans what was running); cancelling
+that takes effect in the middle of a step; and finding workflows that no process drives (`sweeper.py`).
+
+Steps return short strings, nothing else: results are in the pipeline's own row, so a workflow can be given up and its
+pipeline driven by a new one, of any code version, without losing a stage. JSON is the serialization, never pickle.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID, StepOptions
+from sqlalchemy import URL
+
+CONTINUE = "continue"
+"""What a step returns when the workflow goes on with the next one; anything else ends the workflow."""
+
+RunStep = Callable[[str, int, int], Coroutine[Any, Any, str]]
+
+_LIVE = ("PENDING", "ENQUEUED", "DELAYED")
+
+
+@dataclass(frozen=True)
+class WorkflowRecord:
+    """What the engine's database says of a workflow."""
+
+    live: bool
+    executor_id: str
+    application_version: str
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    # Ending a running step's task is how cancelling and shutting down work here, so DBOS need not warn of it.
+    return "Asyncio task cancelled" not in record.getMessage()
+
+
+def workflow_id(pipeline_id: str, attempt: int) -> str:
+    """Return the id of the workflow that drives an attempt of a pipeline."""
+    return f"{pipeline_id}-{attempt}"
+
+
+class WorkflowEngine:
+    """Runs one workflow per attempt of a pipeline: the given steps, one after the other.
+
+    DBOS is a singleton of its process, so at most one engine may be open in a process.
+
+    Args:
+        url: Database; the engine keeps its own tables there.
+        executor_id: Stable name of this process.
+        application_version: Version of the steps; only workflows of this version are recovered.
+        steps: Numbers and names of the steps, in order. The names are stored and must not change within a version.
+        run_step: Called with pipeline id, attempt and step number; must bear being called again for the same step.
+        max_running: Workflows that run at once.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: URL,
+        executor_id: str,
+        application_version: str,
+        steps: Sequence[tuple[int, str]],
+        run_step: RunStep,
+        max_running: int,
+    ) -> None:
+        self._steps = tuple(steps)
+        self._run_step = run_step
+        self._slots = asyncio.Semaphore(max_running)
+        self._tasks: dict[str, asyncio.Task[object]] = {}
+        self._version = application_version
+        logging.getLogger("dbos").addFilter(_is_worth_reading)
+        self._config = DBOSConfig(
+            name="granq-coordinator",
+            system_database_url=url.render_as_string(hide_password=False),
+            executor_id=executor_id,
+            application_version=application_version,
+            serializer=DBOSPortableJSONSerializer(),
+            log_level="WARNING",
+            enable_otlp=False,
+            scheduler_polling_interval_sec=3600.0,  # nothing is scheduled
+            sys_db_pool_size=8,
+        )
+
+    def launch(self) -> None:
+        """Bring the engine's tables up and begin to recover this executor's workflows.
+
+        Must be called on the event loop that is to run the workflows, and blocks it for a moment.
+        """
+        DBOS(config=self._config)
+        # Recovery attempts are not limited: a coordinator may be restarted often while a job trains for days.
+        self._workflow = DBOS.workflow(name="pipeline", max_recovery_attempts=None)(self._drive)
+        DBOS.launch()
+
+    async def _drive(self, pipeline_id: str, attempt: int) -> str:
+        name = workflow_id(pipeline_id, attempt)
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks[name] = task
+        try:
+            async with self._slots:
+                outcome = CONTINUE
+                for number, step in self._steps:
+                    options = StepOptions(name=step)
+                    outcome = await DBOS.run_step_async(options, self._run_step, pipeline_id, attempt, number)
+                    if outcome != CONTINUE:
+                        break
+                return outcome
+        finally:
+            if self._tasks.get(name) is task:
+                del self._tasks[name]
+
+    async def start(self, pipeline_id: str, attempt: int) -> None:
+        """Start the workflow of an attempt; nothing happens when it was started before."""
+        with SetWorkflowID(workflow_id(pipeline_id, attempt)):
+            await DBOS.start_workflow_async(self._workflow, pipeline_id, attempt)
+
+    async def cancel(self, pipeline_id: str, attempt: int) -> None:
+        """Cancel the workflow of an attempt, its running step included when that runs in this process."""
+        name = workflow_id(pipeline_id, attempt)
+        await DBOS.cancel_workflow_async(name)
+        task = self._tasks.get(name)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+    def running(self, pipeline_id: str, attempt: int) -> bool:
+        """Return whether this process runs the workflow."""
+        return workflow_id(pipeline_id, attempt) in self._tasks
+
+    async def record(self, pipeline_id: str, attempt: int) -> WorkflowRecord | None:
+        """Return what the database says of a workflow; None when it was never started."""
+        found = await DBOS.get_workflow_status_async(workflow_id(pipeline_id, attempt))
+        if found is None:
+            return None
+        return WorkflowRecord(found.status in _LIVE, found.executor_id or "", found.app_version or "")
+
+    async def forget(self, pipeline_id: str, attempts: int) -> None:
+        """Remove the records of a pipeline's workflows."""
+        names = [workflow_id(pipeline_id, number) for number in range(1, attempts + 1)]
+        await DBOS.delete_workflows_async(names)
+
+    async def close(self) -> None:
+        """Stop without ending any workflow: each stays on disk, and the next process goes on with it."""
+        tasks = set(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        # In a thread, because it joins threads that may be waiting for this loop.
+        await asyncio.to_thread(DBOS.destroy, destroy_registry=True)

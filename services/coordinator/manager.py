@@ -1,0 +1,201 @@
+"""What users can do with pipelines: submit, get, list, watch, cancel, retry, delete."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator, Sequence
+
+from granq.v1 import coordinator_pb2, jobs_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.errors import GranqError, InvalidArgumentError, NotFoundError
+from services.common.logs import get_logger
+from services.coordinator.engine import WorkflowEngine
+from services.coordinator.hub import EventHub
+from services.coordinator.repository import OpenJob, Position, Repository
+from services.coordinator.threads import Threads
+from services.coordinator.transitions import Transitions
+from services.coordinator.validation import check_spec
+from services.coordinator.workers import Workers
+
+DEFAULT_PAGE_SIZE = 50
+_JOB_ENDED = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
+_LOOK_SECONDS = 0.2
+
+log = get_logger(__name__)
+
+
+class PipelineManager:
+    """The pipelines of one coordinator.
+
+    Args:
+        repository: Stored pipelines.
+        transitions: Changes of their state.
+        hub: Their events.
+        threads: Where calls of database and store run.
+        engine: Runs their workflows.
+        workers: Run their jobs.
+        store: Artifacts.
+        executor_id: This coordinator.
+        cancel_seconds: Longest wait for a worker to end a cancelled job.
+    """
+
+    def __init__(
+        self,
+        *,
+        repository: Repository,
+        transitions: Transitions,
+        hub: EventHub,
+        threads: Threads,
+        engine: WorkflowEngine,
+        workers: Workers,
+        store: ArtifactStore,
+        executor_id: str,
+        cancel_seconds: float,
+    ) -> None:
+        self._repository = repository
+        self._transitions = transitions
+        self._hub = hub
+        self._threads = threads
+        self._engine = engine
+        self._workers = workers
+        self._store = store
+        self._executor_id = executor_id
+        self._cancel_seconds = cancel_seconds
+        self._cancellations: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._strays = asyncio.Lock()
+
+    async def submit(self, spec: coordinator_pb2.PipelineSpec, request_id: str) -> coordinator_pb2.Pipeline:
+        """Start a pipeline, or return the one that the same request started before.
+
+        Raises:
+            InvalidArgumentError: Parts of the spec contradict each other.
+            NotFoundError: The store does not hold the model or the dataset.
+            AlreadyExistsError: The request id belongs to another spec.
+        """
+        # Before the checks: a repeat gets its pipeline even when the model was removed from the store meanwhile.
+        earlier = await self._threads.call(self._repository.find, spec, request_id)
+        if earlier is not None:
+            return earlier
+        await self._threads.call(check_spec, spec, self._store)
+        pipeline, created = await self._threads.call(self._repository.create, spec, request_id, self._executor_id)
+        if created:
+            log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, request_id=request_id)
+            # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
+            await self._engine.start(pipeline.pipeline_id, 1)
+        return pipeline
+
+    async def get(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
+        """Return a pipeline, or raise NotFoundError."""
+        return (await self._threads.call(self._repository.get, pipeline_id)).pipeline
+
+    async def page(
+        self, states: Sequence[int], page_size: int, page_token: str
+    ) -> tuple[list[coordinator_pb2.Pipeline], str]:
+        """Return a page of pipelines, newest first, and the token of the next one, empty on the last.
+
+        Raises:
+            InvalidArgumentError: The token is none of this listing.
+        """
+        wanted = sorted(set(states))
+        after = _read_token(page_token, wanted) if page_token else None
+        pipelines, following = await self._threads.call(
+            self._repository.page, wanted, after, page_size or DEFAULT_PAGE_SIZE
+        )
+        return pipelines, _write_token(following, wanted) if following is not None else ""
+
+    def watch(self, pipeline_id: str, after: int) -> AsyncIterator[coordinator_pb2.WatchPipelineResponse]:
+        """Yield a pipeline's events behind a number until it has ended; raises NotFoundError."""
+        return self._hub.watch(pipeline_id, after)
+
+    async def cancel(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
+        """Begin to stop a pipeline and return it; one that has ended is returned as it is. Raises NotFoundError."""
+        if await self._threads.call(self._transitions.request_cancel, pipeline_id):
+            snapshot = await self._threads.call(self._repository.get, pipeline_id)
+            await self.finish_cancel(pipeline_id, snapshot.attempt)
+            return snapshot.pipeline
+        return await self.get(pipeline_id)
+
+    async def finish_cancel(self, pipeline_id: str, attempt: int) -> None:
+        """Carry a cancellation through in the background."""
+        key = (pipeline_id, attempt)
+        if key not in self._cancellations:
+            self._cancellations[key] = asyncio.create_task(self._carry_through(pipeline_id, attempt))
+            self._cancellations[key].add_done_callback(lambda _task: self._cancellations.pop(key))
+
+    async def _carry_through(self, pipeline_id: str, attempt: int) -> None:
+        try:
+            await self._engine.cancel(pipeline_id, attempt)
+            jobs = await self._threads.call(self._repository.open_jobs, pipeline_id)
+            await asyncio.gather(*(self._end_job(pipeline_id, job) for job in jobs))
+        except Exception:
+            # Whatever it was, the user's wish is what counts; the state must not stay CANCELLING.
+            log.exception("cancelling met an error", pipeline_id=pipeline_id)
+        await self._threads.call(self._transitions.finish_cancel, pipeline_id)
+        log.info("pipeline cancelled", pipeline_id=pipeline_id)
+
+    async def _end_job(self, pipeline_id: str, job: OpenJob) -> None:
+        """Ask a job to end and wait until it did, but not for ever: a worker may be away."""
+        try:
+            async with asyncio.timeout(self._cancel_seconds):
+                current = await self._workers.cancel(job.worker, job.job_id, self._cancel_seconds)
+                while current.state not in _JOB_ENDED:
+                    await asyncio.sleep(_LOOK_SECONDS)
+                    current = await self._workers.get(job.worker, job.job_id)
+        except NotFoundError:
+            pass  # never started, or forgotten by a restarted worker: nothing runs
+        except (GranqError, TimeoutError) as error:
+            log.warning("job not seen to end", pipeline_id=pipeline_id, job_id=job.job_id, error=str(error))
+            return
+        await self._threads.call(self._repository.close_job, pipeline_id, job.job_id)
+
+    async def end_stray_jobs(self) -> None:
+        """Ask once more for the end of jobs whose pipeline was cancelled while their worker was away."""
+        for pipeline_id in await self._threads.call(self._repository.cancelled_with_jobs):
+            async with self._strays:  # a retry, which wants its jobs, forgets the rows only between two pipelines
+                for job in await self._threads.call(self._repository.open_jobs, pipeline_id):
+                    await self._end_job(pipeline_id, job)
+
+    async def retry(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
+        """Continue a FAILED or CANCELLED pipeline at the stage that failed, and return it.
+
+        Raises:
+            NotFoundError: There is no such pipeline.
+            FailedPreconditionError: It is in another state.
+        """
+        async with self._strays:
+            attempt = await self._threads.call(self._transitions.retry, pipeline_id, self._executor_id)
+        pipeline = await self.get(pipeline_id)
+        await self._engine.start(pipeline_id, attempt)
+        log.info("pipeline retried", pipeline_id=pipeline_id, attempt=attempt)
+        return pipeline
+
+    async def delete(self, pipeline_id: str) -> None:
+        """Remove a pipeline that has ended.
+
+        Raises:
+            NotFoundError: There is no such pipeline.
+            FailedPreconditionError: It has not ended.
+        """
+        attempts = await self._threads.call(self._repository.delete, pipeline_id)
+        self._hub.changed(pipeline_id)
+        await self._engine.forget(pipeline_id, attempts)
+
+    async def close(self) -> None:
+        """Wait for cancellations that are under way; they are short."""
+        await asyncio.gather(*self._cancellations.values(), return_exceptions=True)
+
+
+def _write_token(position: Position, states: Sequence[int]) -> str:
+    text = f"{position.create_time}:{position.pipeline_id}:{','.join(map(str, states))}"
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def _read_token(token: str, states: Sequence[int]) -> Position:
+    try:
+        created, pipeline_id, made_for = base64.urlsafe_b64decode(token.encode()).decode().split(":")
+        position = Position(int(created), pipeline_id)
+    except (ValueError, binascii.Error) as error:
+        raise InvalidArgumentError("page_token is not one that ListPipelines returned", field="page_token") from error
+    if made_for != ",".join(map(str, states)):
+        raise InvalidArgumentError("page_token belongs to a listing with other states", field="page_token")
+    return position

@@ -1,0 +1,159 @@
+"""Writes what a pipeline made and measured: as JSON for programs and as Markdown for people."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+from google.protobuf.json_format import MessageToDict
+
+from granq.v1 import common_pb2, coordinator_pb2, reports_pb2
+from services.coordinator.requests import simulation_only
+
+REPORT_VERSION = 1
+
+_FORMS = {
+    reports_pb2.MEASURED_FORM_FLOAT: "Float model",
+    reports_pb2.MEASURED_FORM_SIMULATED: "Quantized, simulated (PyTorch)",
+    reports_pb2.MEASURED_FORM_ONNX_TRT: "Exported graph, exact (model_trt.onnx)",
+    reports_pb2.MEASURED_FORM_ONNX_ORT: "Exported graph, INT8 kernels (model_ort.onnx)",
+    reports_pb2.MEASURED_FORM_ENGINE: "Engine on a GPU",
+}
+_GRANULARITIES = {
+    0: "per channel, static",
+    common_pb2.ACTIVATION_GRANULARITY_PER_TENSOR: "per tensor, dynamic (simulation only)",
+    common_pb2.ACTIVATION_GRANULARITY_PER_CHANNEL: "per channel, static",
+    common_pb2.ACTIVATION_GRANULARITY_PER_SAMPLE_CHANNEL: "per sample and channel, dynamic (simulation only)",
+}
+
+
+def report_json(pipeline: coordinator_pb2.Pipeline) -> bytes:
+    """Return the report as indented JSON; equal pipelines give equal bytes.
+
+    "spec" and "results" are the messages of granq.v1 in their JSON form, with the field names of the contract.
+    """
+    report = {
+        "format": "granq-report",
+        "version": REPORT_VERSION,
+        "pipeline_id": pipeline.pipeline_id,
+        "create_time": pipeline.create_time.ToJsonString(),
+        "spec": MessageToDict(pipeline.spec, preserving_proto_field_name=True),
+        "results": MessageToDict(pipeline.results, preserving_proto_field_name=True),
+    }
+    return (json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def report_markdown(pipeline: coordinator_pb2.Pipeline, files: Sequence[tuple[str, int, str]]) -> bytes:
+    """Return the report for people.
+
+    Args:
+        pipeline: The pipeline with its results.
+        files: Path in the bundle, size in bytes and meaning of every file beside the report.
+    """
+    spec, results = pipeline.spec, pipeline.results
+    lines = [f"# {_text(spec.display_name or pipeline.pipeline_id)}", ""]
+    lines += _table(("", ""), _overview(pipeline), right=False)
+    lines += ["", "## Accuracy and speed", "", f"Measured on: {_text(results.evaluation.dataset)}.", ""]
+    head = ("Form", "Top-1 %", "Top-5 %", "Agreement %", "SQNR dB", "Latency ms", "INT8 layers", "Images", "Ran on")
+    lines += _table(head, [_measurement(row) for row in results.evaluation.measurements])
+    lines += ["", *_notes(pipeline)]
+    if results.engines:
+        lines += ["", "## Engines", ""]
+        lines += _table(("Target", "Outcome", "Built for", "INT8 layers", "Build s"), map(_engine, results.engines))
+    if results.export.float_operations:
+        lines += ["", "## Operations that stay in floating point", ""]
+        lines += [f"- {_text(name)}" for name in results.export.float_operations]
+    if files:
+        lines += ["", "## Files", ""]
+        lines += _table(
+            ("File", "Bytes", "What it is"), [(f"`{name}`", f"{size:,}", note) for name, size, note in files]
+        )
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _overview(pipeline: coordinator_pb2.Pipeline) -> list[tuple[str, str]]:
+    spec, results = pipeline.spec, pipeline.results
+    model, bits = results.model, spec.quantization
+    shape = " × ".join(map(str, model.input_shape))
+    rows = [
+        ("Pipeline", pipeline.pipeline_id),
+        ("Submitted", pipeline.create_time.ToJsonString()),
+        ("Model", f"{_text(spec.model.architecture or spec.model.artifact.name or spec.model.artifact.digest)}"),
+        ("Input", f"{shape}; {model.num_classes} classes"),
+        ("Parameters", f"{model.parameters:,}"),
+        ("Weights", f"{bits.weight_bits} bits"),
+        ("Activations", f"{bits.activation_bits} bits, {_GRANULARITIES[bits.activation_granularity]}"),
+    ]
+    if bits.overrides:
+        rows.append(("Layers with other bits", str(len(bits.overrides))))
+    quantization = results.quantization
+    loss = f", loss {quantization.loss:.4g}" if quantization.HasField("loss") else ""
+    seconds = f"{quantization.seconds:.0f} s on {_text(quantization.device)}"
+    rows.append(("Training", f"{quantization.iterations:,} iterations{loss}, {seconds}"))
+    synthesis = results.synthesis
+    rows.append(
+        (
+            "Synthetic set",
+            f"{synthesis.num_images:,} images, BatchNorm loss {synthesis.bn_loss:.4g}, no training data used",
+        )
+    )
+    if results.HasField("export"):
+        rows.append(("Packed weights", f"{results.export.packed_bytes:,} bytes"))
+    return rows
+
+
+def _measurement(row: reports_pb2.Measurement) -> tuple[str, ...]:
+    accuracy = row.accuracy
+    latency = f"{row.latency_ms_p50:.2f} (batch {row.latency_batch})" if row.HasField("latency_ms_p50") else "–"
+    layers = f"{row.int8_layers} of {row.total_layers}" if row.HasField("int8_layers") else "–"
+    return (
+        _FORMS.get(row.form, "Unknown"),
+        f"{accuracy.top1:.2f}" if accuracy.HasField("top1") else "–",
+        f"{accuracy.top5:.2f}" if accuracy.HasField("top5") else "–",
+        f"{accuracy.agreement:.2f}" if accuracy.HasField("agreement") else "–",
+        f"{accuracy.sqnr_db:.1f}" if accuracy.HasField("sqnr_db") else "–",
+        latency,
+        layers,
+        f"{accuracy.images:,}" if accuracy.images else "–",
+        _text(", ".join(part for part in (row.runtime, row.device) if part) or "–"),
+    )
+
+
+def _notes(pipeline: coordinator_pb2.Pipeline) -> list[str]:
+    spec = pipeline.spec
+    notes = [
+        "“Simulated” is fake quantization in PyTorch, not what a device runs. “Agreement” is with the float model."
+    ]
+    if not spec.HasField("dataset"):
+        notes.append("No labelled set was given, so accuracy is unknown; agreement was measured on synthetic images.")
+    if simulation_only(spec):
+        notes.append("This granularity has no integer form: there are no graphs and no engines.")
+    elif min(spec.quantization.weight_bits, spec.quantization.activation_bits) < 8:
+        notes.append(
+            "Below 8 bits the graphs still run as INT8, with fewer levels: files shrink when packed, speed stays."
+        )
+    if pipeline.results.HasField("export") and not pipeline.results.export.exact:
+        notes.append("Some accumulators can pass 2^24, so float32 runs of the exact graph may round.")
+    return [f"- {note}" for note in notes]
+
+
+def _engine(outcome: coordinator_pb2.EngineOutcome) -> tuple[str, ...]:
+    target = common_pb2.Runtime.Name(outcome.target.runtime).removeprefix("RUNTIME_").lower()
+    target = "default runtime" if target == "unspecified" else target
+    if outcome.WhichOneof("outcome") != "engine":
+        return target, f"not built: {_text(outcome.failure.message)}", "–", "–", "–"
+    built, manifest = outcome.engine, outcome.engine.manifest
+    runtime = common_pb2.Runtime.Name(manifest.runtime).removeprefix("RUNTIME_").lower()
+    layers = f"{built.int8_layers} of {built.total_layers}" if built.HasField("int8_layers") else "–"
+    place = ", ".join([*manifest.compute_capabilities, manifest.platform])
+    size = f"{manifest.engine.size_bytes:,} bytes"
+    return target, f"{runtime} {_text(manifest.runtime_version)}, {size}", _text(place), layers, f"{built.seconds:.0f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True) -> list[str]:
+    rule = ["---", *(["---:" if right else "---"] * (len(head) - 1))]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def _text(value: str) -> str:
+    """Return text from outside so that it can neither break a table nor become markup."""
+    flat = " ".join(value.split())
+    return "".join("\\" + letter if letter in "\\|`*_<>[]#" else letter for letter in flat)

@@ -1,0 +1,62 @@
+"""Settings of the coordinator."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from services.common.settings import ServerSettings
+from services.coordinator.database import parse_url
+
+
+class CoordinatorSettings(ServerSettings):
+    """Settings of one coordinator process."""
+
+    port: int = Field(default=50050, ge=0, le=65535, description="Port of the RPCs; 0 lets the system choose.")
+    database_url: str = Field(
+        default_factory=lambda: f"sqlite:///{Path.cwd() / 'granq-data' / 'coordinator.sqlite'}",
+        description="Where pipelines are kept: sqlite:////path/to/file, or postgresql://user:password@host/database.",
+    )
+    executor_id: str = Field(
+        default="coordinator",
+        min_length=1,
+        max_length=128,
+        description="Name of this coordinator, stable over its restarts; unique among those of one database.",
+    )
+    application_version: str = Field(
+        default_factory=lambda: version("granq-pipeline"),
+        min_length=1,
+        max_length=128,
+        description="Version of the workflow code. Pipelines begun by another version are driven anew by this one.",
+    )
+    generator_address: str = Field(default="127.0.0.1:50051", description="host:port of the generator.")
+    quantizer_address: str = Field(default="127.0.0.1:50052", description="host:port of the quantizer.")
+    evaluator_address: str = Field(default="127.0.0.1:50053", description="host:port of the evaluator.")
+    max_running_pipelines: int = Field(
+        default=64, ge=1, le=10_000, description="Pipelines driven at once; more stay QUEUED. Workers queue jobs, too."
+    )
+    rpc_timeout_seconds: float = Field(default=20.0, gt=0, le=600, description="Deadline of a short call to a worker.")
+    watch_timeout_seconds: float = Field(
+        default=600.0, gt=0, le=86_400, description="Deadline of one stream of a job's events; it is opened again."
+    )
+    unavailable_seconds: float = Field(
+        default=600.0, ge=0, le=86_400, description="How long a worker may be away before the pipeline fails."
+    )
+    max_crashes: int = Field(
+        default=3, ge=1, le=100, description="Times in a row that a job's process may die without a step of progress."
+    )
+    cancel_seconds: float = Field(
+        default=4.0, gt=0, le=60, description="Longest wait for a worker to end a cancelled job."
+    )
+    sweep_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="Time between searches for pipelines that nobody drives."
+    )
+    max_artifact_bytes: int = Field(
+        default=16 * 1024**3, ge=1, description="Largest upload in bytes; larger ones are refused."
+    )
+
+    @field_validator("database_url")
+    @classmethod
+    def _supported(cls, value: str) -> str:
+        parse_url(value)
+        return value

@@ -1,0 +1,79 @@
+"""The coordinator's own tables: pipelines, their events, and the worker jobs they started.
+
+Messages are kept as protobuf bytes: the contract evolves compatibly by itself, so a new field needs no migration here.
+"""
+
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, String
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SCHEMA_VERSION = 1
+
+
+class Base(DeclarativeBase):
+    """Declarative base of the coordinator's tables."""
+
+
+class SchemaRow(Base):
+    """The one row that says which version of these tables a database holds."""
+
+    __tablename__ = "coordinator_schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True)
+
+
+class PipelineRow(Base):
+    """One pipeline. Its row is the source of truth; the workflow engine only drives it."""
+
+    __tablename__ = "pipelines"
+
+    pipeline_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    request_id: Mapped[str | None] = mapped_column(String(128), unique=True)
+    # The two large columns are read only where they are asked for: progress touches a row twice a second.
+    spec: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)
+    state: Mapped[int]
+    stage: Mapped[int] = mapped_column(default=0)
+    # Fencing token: counts the workflows that drove this pipeline. A write made on behalf of an older one is refused.
+    attempt: Mapped[int] = mapped_column(default=1)
+    executor_id: Mapped[str] = mapped_column(String(128))
+    last_sequence: Mapped[int] = mapped_column(BigInteger, default=0)
+    progress: Mapped[bytes | None] = mapped_column(LargeBinary)
+    failure: Mapped[bytes | None] = mapped_column(LargeBinary)
+    results: Mapped[bytes] = mapped_column(LargeBinary, default=b"", deferred=True)
+    # Stages whose result is in `results`, as a bit set over the numbers of granq.v1.Stage.
+    finished_stages: Mapped[int] = mapped_column(default=0)
+    # Microseconds since the epoch, UTC.
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    start_time: Mapped[int | None] = mapped_column(BigInteger)
+    end_time: Mapped[int | None] = mapped_column(BigInteger)
+
+    __table_args__ = (
+        Index("pipelines_newest", "create_time", "pipeline_id"),
+        Index("pipelines_by_state", "state", "create_time", "pipeline_id"),
+    )
+
+
+class EventRow(Base):
+    """One event of a pipeline; written in the transaction that made the change it tells of."""
+
+    __tablename__ = "pipeline_events"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id", ondelete="CASCADE"), primary_key=True)
+    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    time: Mapped[int] = mapped_column(BigInteger)
+    state: Mapped[int]
+    stage: Mapped[int]
+    progress: Mapped[bytes | None] = mapped_column(LargeBinary)
+    failure: Mapped[bytes | None] = mapped_column(LargeBinary)
+
+
+class JobRow(Base):
+    """A worker job that may still run; the row goes when the job is known to have ended."""
+
+    __tablename__ = "pipeline_jobs"
+
+    pipeline_id: Mapped[str] = mapped_column(ForeignKey("pipelines.pipeline_id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    worker: Mapped[str] = mapped_column(String(32))
+    # How far the job's events were read, so that a restarted coordinator goes on from there.
+    run_id: Mapped[str] = mapped_column(String(64), default="")
+    sequence: Mapped[int] = mapped_column(BigInteger, default=0)
