@@ -98,8 +98,15 @@ def unpack_bundle(client: "Client", pipeline: coordinator_pb2.Pipeline, out: Pat
     """Download a pipeline's bundle and unpack it into ``out``.
 
     Raises:
-        ValueError: The bundle is no zip file, or names a file outside the folder.
+        granq.GranqClientError: DATA_LOSS when the bundle is no zip file, or names a file outside the folder.
     """
+    import grpc
+
+    from granq.errors import GranqClientError
+
+    def invalid(text: str) -> GranqClientError:
+        return GranqClientError(grpc.StatusCode.DATA_LOSS, f"the bundle {text}", reason="BUNDLE_INVALID")
+
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".granq-", dir=out) as scratch:
         with transfer_bar(screen, "download bundle") as progress:
@@ -108,10 +115,10 @@ def unpack_bundle(client: "Client", pipeline: coordinator_pb2.Pipeline, out: Pat
             with zipfile.ZipFile(archive) as bundle:
                 for name in bundle.namelist():
                     if not (out / name).resolve().is_relative_to(out.resolve()):
-                        raise ValueError(f"the bundle names a file outside its folder: {name!r}")
+                        raise invalid(f"names a file outside its folder: {name!r}")
                 bundle.extractall(out)
         except zipfile.BadZipFile as error:
-            raise ValueError(f"the bundle is no zip file: {error}") from error
+            raise invalid(f"is no zip file: {error}") from error
     return out
 
 

@@ -1,0 +1,66 @@
+# The commands of this project; `make help` lists them. Steps that are done already are skipped.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A machine without an NVIDIA GPU saves gigabytes with: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Passed on: make demo ARGS="--iterations 50", make test ARGS="-k client"
+ARGS ?=
+CONTRACT := pyproject.toml hatch_build.py $(wildcard protos/granq/v1/*.proto)
+DEMO_OUT ?= demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install install-dev demo test lint types format protos clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.made ## Make the virtual environment in .venv
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || tools/apt.sh python3-venv
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+install: $(VENV)/.installed ## Install everything that the servers and the command need
+
+$(VENV)/.installed: $(VENV)/.made $(CONTRACT)
+	$(PIP) --editable '.[all,rtx]'
+	@touch $@
+
+install-dev: $(VENV)/.installed-dev ## Install what tests and checks need, too
+
+$(VENV)/.installed-dev: $(VENV)/.made $(CONTRACT)
+	$(PIP) --editable '.[dev]'
+	@touch $(VENV)/.installed $@
+
+demo: $(VENV)/.installed ## Quantize the example model through four real servers; ends with a table and demo-out/
+	$(BIN)/python examples/fashion_mnist/demo.py --out $(DEMO_OUT) $(ARGS)
+
+test: $(VENV)/.installed-dev ## Run all tests; ARGS go to pytest
+	@tools/apt.sh dataset-fashion-mnist postgresql || echo "tests that need these packages will skip" >&2
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style, import rules and the contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/lint_protos.py
+
+types: $(VENV)/.installed-dev ## Check types
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## Format the code and sort its imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.installed-dev ## Generate the stubs in granq/v1 from protos/ anew
+	$(BIN)/python hatch_build.py
+
+clean: ## Remove the virtual environment and everything generated
+	rm -rf $(VENV) demo-out granq-data dist build granq/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
