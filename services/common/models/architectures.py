@@ -14,7 +14,7 @@ _CIFAR: Final[dict[str, Callable[..., nn.Module]]] = {
     "resnet20": cifar_resnet.resnet20,
     "resnet56": cifar_resnet.resnet56,
 }
-# Their published weights go with transform_input=True, which no state dict says; guessing would cost accuracy in silence.
+# Their published weights go with transform_input=True, which no state dict says; a wrong guess costs accuracy unseen.
 _AMBIGUOUS: Final = ("googlenet", "inception_v3")
 _SHOWN: Final = 3
 
@@ -105,8 +105,8 @@ def _check_names(name: str, expected: dict[str, Any], state: dict[str, torch.Ten
     if any(key.endswith("running_mean") for key in missing) and not any(key.endswith("running_mean") for key in state):
         raise refuse(
             "BATCH_NORM_FOLDED",
-            f"the weights hold no BatchNorm statistics, which {name} has: BatchNorm seems to be folded into the convolutions. "
-            "The statistics stand in for training data, so send the weights as they were before folding (fusing)",
+            f"the weights hold no BatchNorm statistics, which {name} has: BatchNorm seems to be folded into the "
+            "convolutions. The statistics stand in for training data, so send the weights from before folding (fusing)",
         )
     parts = [
         f"{title}: {', '.join(keys[:_SHOWN])}{f' and {len(keys) - _SHOWN} more' if len(keys) > _SHOWN else ''}"

@@ -1,12 +1,11 @@
 """Reads model files without running anything that is in them.
 
-``torch.export.load`` is not used. In torch 2.14 it unpickles custom constants, pickled weights and sample inputs, and it
-hands the symbolic shapes in ``models/*.json`` to ``sympy.sympify``, which evaluates them as Python. Here a ``.pt2`` is a
-zip of JSON and raw little-endian numbers: the JSON is parsed as data, the numbers are viewed as tensors, and entries that
-could hold a pickle are refused by name or never opened.
+``torch.export.load`` is not used. In torch 2.14 it unpickles custom constants, pickled weights and sample inputs, and
+it hands the symbolic shapes in ``models/*.json`` to ``sympy.sympify``, which evaluates them as Python. Here a ``.pt2``
+is a zip of JSON and raw little-endian numbers: the JSON is parsed as data, the numbers are viewed as tensors, and
+entries that could hold a pickle are refused by name or never opened.
 """
 
-import io
 import json
 import math
 import zipfile
@@ -76,7 +75,7 @@ def _zip_format(archive: zipfile.ZipFile) -> "common_pb2.ModelFormat":
     if ("constants.pkl",) in names:
         raise refuse(
             "MODEL_FORMAT_UNKNOWN",
-            "the file is a TorchScript archive; export the model with torch.export.export and torch.export.save instead",
+            "the file is a TorchScript archive; export the model with torch.export.export and torch.export.save",
         )
     if ("data.pkl",) in names:
         return common_pb2.MODEL_FORMAT_STATE_DICT
@@ -155,8 +154,8 @@ class Pt2Archive:
         """Read and check the archive.
 
         Raises:
-            InvalidArgumentError: MODEL_TRUNCATED, MODEL_UNSAFE_PICKLE, MODEL_VERSION_UNSUPPORTED, MODEL_ARCHIVE_INVALID,
-                MODEL_TOO_LARGE.
+            InvalidArgumentError: MODEL_TRUNCATED, MODEL_UNSAFE_PICKLE, MODEL_UNSAFE_CODE,
+                MODEL_VERSION_UNSUPPORTED, MODEL_ARCHIVE_INVALID or MODEL_TOO_LARGE.
         """
         with open_zip(path) as archive:
             self._archive = archive
@@ -237,8 +236,8 @@ class Pt2Archive:
             if _get(entry, "use_pickle") is not False or not path.startswith(("weight_", "tensor_")):
                 raise refuse(
                     "MODEL_UNSAFE_PICKLE",
-                    f"constant {name!r} of the .pt2 is a pickled object, which could run code; pickles are never loaded. "
-                    "Export a model whose constants are plain tensors",
+                    f"constant {name!r} of the .pt2 is a pickled object, which could run code; pickles are never "
+                    "loaded. Export a model whose constants are plain tensors",
                 )
             if path not in blobs:
                 blobs[path] = bytearray(self._read(f"data/{kind}/{path}", MAX_FILE_BYTES))
@@ -272,72 +271,3 @@ def _view(name: str, blob: bytearray, meta: Any) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype)
     flat = torch.frombuffer(blob, dtype=dtype, count=count)
     return torch.as_strided(flat, sizes, strides, offset).clone(memory_format=torch.contiguous_format)
-
-
-def read_state_dict(path: Path, model_format: "common_pb2.ModelFormat") -> dict[str, torch.Tensor]:
-    """Read named tensors from safetensors or from a ``torch.save`` file, never running its code.
-
-    A training checkpoint's ``state_dict`` or ``model`` entry is taken, and DataParallel's ``module.`` prefix removed.
-
-    Raises:
-        InvalidArgumentError: MODEL_UNSAFE_PICKLE when the file needs code to load; MODEL_TRUNCATED; WEIGHTS_INVALID.
-    """
-    if model_format == common_pb2.MODEL_FORMAT_SAFETENSORS:
-        state: Any = _read_safetensors(path)
-    else:
-        state = _read_pickle(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state:
-        raise refuse("WEIGHTS_INVALID", "the file holds no state dict (a mapping from names to tensors)")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise refuse("WEIGHTS_INVALID", f"entry {name!r} of the state dict is not a dense tensor")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return dict(state)
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise refuse("MODEL_TRUNCATED", f"the safetensors file is cut off or damaged: {error}") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    import pickle
-
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    if zipped:
-        open_zip(path).close()
-    try:
-        return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error):
-            raise refuse(
-                "MODEL_UNSAFE_PICKLE",
-                "the file is a pickle that holds more than tensors; loading it could run code, so it is refused. Convert "
-                "it where you trust it: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-            ) from error
-        raise refuse("MODEL_TRUNCATED", "the state dict is cut off or damaged") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise refuse("MODEL_TRUNCATED", "the state dict is cut off or damaged") from error
-
-
-def check_numbers(tensors: dict[str, torch.Tensor]) -> None:
-    """Refuse weights that are not finite, and variances below zero.
-
-    Raises:
-        InvalidArgumentError: MODEL_NAN or BATCH_NORM_INVALID.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise refuse("MODEL_NAN", f"tensor {name!r} holds values that are not finite")
-        if name.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:
-            raise refuse("BATCH_NORM_INVALID", f"tensor {name!r} holds a negative variance")

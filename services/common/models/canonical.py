@@ -8,16 +8,16 @@ shape and type in ``meta["tensor_meta"]``, at batch size 1.
 
 import copy
 import re
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
-from services.common.models import emitter, rules
+from services.common.models import layer_rules, registry, shape_rules  # noqa: F401 - registers the rules
 from services.common.models.archive import refuse
-from services.common.models.emitter import BATCH_DEPENDENT, Constant, Emitter
+from services.common.models.emitter import BATCH_DEPENDENT, BatchDependent, Constant, Emitter
 
 # Batch sizes of the propagation; what differs between them depends on the batch.
 _BATCHES: Final = (2, 3)
@@ -152,9 +152,7 @@ class _Rewriter:
             return _static(results)
         args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
         constants = [item for item in _leaves((args, kwargs)) if isinstance(item, Constant)]
-        if constants and not any(
-            isinstance(item, (fx.Node, emitter.BatchDependent)) for item in _leaves((args, kwargs))
-        ):
+        if constants and not any(isinstance(item, (fx.Node, BatchDependent)) for item in _leaves((args, kwargs))):
             return self._fold(node, args, kwargs, constants[0].fqn)
         try:
             return self._apply(node, args, kwargs)
@@ -166,20 +164,20 @@ class _Rewriter:
             return self._module(node, args, kwargs)
         if node.op == "call_method":
             name = str(node.target)
-            method = rules.METHODS.get(name)
+            method = registry.METHODS.get(name)
             return method(self._emit, node, *args, **kwargs) if method else self._emit.method(name, *args, **kwargs)
         target: Any = node.target
-        rule = rules.FUNCTIONS.get(target)
+        rule = registry.FUNCTIONS.get(target)
         if isinstance(target, torch._ops.OpOverload):
-            rule = rules.FUNCTIONS.get(target._schema.name.removeprefix("aten::"))
+            rule = registry.FUNCTIONS.get(target._schema.name.removeprefix("aten::"))
         return rule(self._emit, node, *args, **kwargs) if rule else self._emit.call(target, *args, **kwargs)
 
     def _module(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         name = str(node.target)
         module = self._modules[name]
         self._emit.hint = name
-        if type(module) in rules.MODULES:
-            return rules.MODULES[type(module)](self._emit, node, module, *args, **kwargs)
+        if type(module) in registry.MODULES:
+            return registry.MODULES[type(module)](self._emit, node, module, *args, **kwargs)
         if type(module).__name__ == "StochasticDepth":
             return args[0]
         if kwargs or not all(isinstance(arg, fx.Node) for arg in args):
@@ -199,7 +197,9 @@ class _Rewriter:
                 value = self._modules[str(node.target)](*args, **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
-        return fx.node.map_aggregate(value, lambda v: Constant(v, fqn) if isinstance(v, torch.Tensor) else v)
+        return fx.node.map_aggregate(
+            value, lambda v: cast("Any", Constant(v, fqn)) if isinstance(v, torch.Tensor) else v
+        )
 
     def _resolve(self, value: Any) -> Any:
         return fx.node.map_aggregate(value, lambda v: self._values[v] if isinstance(v, fx.Node) else v)

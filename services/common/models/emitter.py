@@ -1,4 +1,4 @@
-"""Builds the canonical graph: one node form per operation, modules for everything that has state or is an activation."""
+"""Builds the canonical graph: one node form per operation, modules for layers, activations and pooling."""
 
 import copy
 import operator
@@ -145,7 +145,7 @@ def conv2d(
     module = nn.Conv2d(
         per_group * groups,
         out_channels,
-        tuple(kernel),
+        pair(kernel),
         pair(stride),
         padding if isinstance(padding, str) else pair(padding),
         pair(dilation),
@@ -216,20 +216,20 @@ def batch_norm(
 def binary(emit: Emitter, function: Any, a: Any, b: Any) -> Any:
     """Append a + b, a * b and the like.
 
-    Activations that torch.export's decompositions take apart are put together again: SiLU in x · sigmoid(x), Hardswish in
-    x · relu6(x + 3) / 6 and Hardsigmoid in relu6(x + 3) / 6.
+    Activations that torch.export's decompositions take apart are put together again: SiLU in x · sigmoid(x), Hardswish
+    in x · relu6(x + 3) / 6 and Hardsigmoid in relu6(x + 3) / 6.
     """
     if function is operator.mul:
         for x, gate in ((a, b), (b, a)):
             if isinstance(gate, fx.Node) and isinstance(emit.source_module(gate), nn.Sigmoid) and gate.args == (x,):
                 return emit.module(nn.SiLU(), x)
     if function is operator.truediv and isinstance(a, fx.Node) and b == 6:
-        x = _shifted(emit, a)
-        if x is not None:
-            return emit.module(nn.Hardsigmoid(), x)
+        shifted = _shifted(emit, a)
+        if shifted is not None:
+            return emit.module(nn.Hardsigmoid(), shifted)
         if a.target is operator.mul:
             for x, gate in (a.args, a.args[::-1]):
-                if isinstance(gate, fx.Node) and _shifted(emit, gate) is x:
+                if isinstance(gate, fx.Node) and isinstance(x, fx.Node) and _shifted(emit, gate) is x:
                     return emit.module(nn.Hardswish(), x)
     return emit.call(function, a, b)
 
@@ -245,6 +245,7 @@ def _shifted(emit: Emitter, node: fx.Node) -> fx.Node | None:
 
 
 def pair(value: Any) -> tuple[int, int]:
+    """Return height and width of a size given as one number, one value or two."""
     if isinstance(value, int):
         return value, value
     values = tuple(value)

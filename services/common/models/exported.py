@@ -80,7 +80,7 @@ class _Reader:
         ):
             raise refuse(
                 "INPUT_SHAPE_MISMATCH",
-                "the program must take a float32 batch N×C×H×W with fixed C, H and W; export it with only the batch dynamic",
+                "the program must take a float32 batch N×C×H×W with fixed C, H and W; let only the batch be dynamic",
             )
         self._values[inputs[0]] = self._graph.placeholder("x")
         return tuple(int(size["as_int"]) for size in sizes[1:]), sizes[0].get("as_int")

@@ -10,10 +10,11 @@ from torch import fx, nn
 from granq.v1 import common_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.models import architectures
-from services.common.models.archive import Pt2Archive, check_numbers, detect_format, read_state_dict, refuse
+from services.common.models.archive import Pt2Archive, detect_format, refuse
 from services.common.models.canonical import canonicalize
 from services.common.models.capture import capture
 from services.common.models.exported import read_program
+from services.common.models.weights import check_numbers, read_state_dict
 
 _NAMES: Final = {
     common_pb2.MODEL_FORMAT_TORCH_EXPORT: "a torch.export archive",
@@ -66,9 +67,9 @@ def load_model(source: common_pb2.ModelSource, store: ArtifactStore) -> LoadedMo
         module, shape = _load_named(source, path, found)
     _check_batch_norm(module)
     logits = module.graph.output_node().args[0]
-    result = logits.meta["tensor_meta"].shape if isinstance(logits, fx.Node) else ()
+    result: tuple[int, ...] = tuple(logits.meta["tensor_meta"].shape) if isinstance(logits, fx.Node) else ()
     if len(result) != 2 or result[1] < 2:
-        raise refuse("MODEL_NOT_CLASSIFIER", f"the model must return logits N×K with K ≥ 2; it returns {tuple(result)}")
+        raise refuse("MODEL_NOT_CLASSIFIER", f"the model must return logits N×K with K ≥ 2; it returns {result}")
     if source.HasField("num_classes") and source.num_classes != result[1]:
         raise refuse(
             "WEIGHTS_MISMATCH", f"the model has {result[1]} classes, not {source.num_classes}", "model.num_classes"
@@ -130,12 +131,12 @@ def _check_batch_norm(module: fx.GraphModule) -> None:
     if convolutions and all(m.bias is not None for m in convolutions):
         raise refuse(
             "BATCH_NORM_FOLDED",
-            "the model has no BatchNorm layers and all its convolutions have biases: BatchNorm seems to be folded into them. "
-            "Its statistics stand in for training data, so send the model as it was before folding (fusing)",
+            "the model has no BatchNorm layers and all its convolutions have biases: BatchNorm seems to be folded into "
+            "them. Its statistics stand in for training data, so send the model as it was before folding (fusing)",
         )
     raise refuse(
         "BATCH_NORM_MISSING",
-        "the model has no BatchNorm layers; their statistics stand in for training data, so it cannot be quantized without",
+        "the model has no BatchNorm layers; their statistics stand in for training data, which is not needed then",
     )
 
 
@@ -155,7 +156,7 @@ def summarize(model: LoadedModel) -> reports_pb2.ModelSummary:
             summary.batch_norm_layers += 1
         elif isinstance(layer, (nn.Conv2d, nn.Linear)):
             result = node.meta["tensor_meta"].shape
-            # A weight is used once for each position of the result: H×W of a convolution, leading axes of a linear layer.
+            # A weight is used once for each position of the result: H×W of a convolution, leading axes of a Linear.
             positions = result[2:] if isinstance(layer, nn.Conv2d) else result[1:-1]
             summary.layers.add(
                 name=str(node.target),
