@@ -69,7 +69,7 @@ class FakeCoordinator(coordinator_pb2_grpc.PipelineServiceServicer, artifacts_pb
         self.offsets: list[int] = []
         self.after_submit: Callable[[S.Pipeline], None] = self.succeed
 
-    def add(self, pipeline_id: str, events: int = 5, state: int = S.PIPELINE_STATE_SUCCEEDED) -> S.Pipeline:
+    def add(self, pipeline_id: str, events: int = 5, state: S.PipelineState = S.PIPELINE_STATE_SUCCEEDED) -> S.Pipeline:
         """Add a pipeline that ended after so many events."""
         pipeline = S.Pipeline(pipeline_id=pipeline_id, state=state, stage=S.STAGE_QUANTIZE, last_sequence=events)
         self.pipelines[pipeline_id] = pipeline

@@ -11,6 +11,7 @@ from granq.v1 import coordinator_pb2
 from tests.support.fake_coordinator import CHUNK, FakeCoordinator, digest_of, serve
 
 CONTENT = bytes(range(256)) * (CHUNK // 64)  # four chunks
+STATES = (coordinator_pb2.PIPELINE_STATE_SUCCEEDED, coordinator_pb2.PIPELINE_STATE_FAILED)
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_errors_carry_reason_and_field(client: granq.Client) -> None:
 
 def test_list_goes_through_all_pages(fake: FakeCoordinator, client: granq.Client) -> None:
     for number in range(5):
-        fake.add(f"p{number}", state=coordinator_pb2.PIPELINE_STATE_FAILED if number % 2 else 4)
+        fake.add(f"p{number}", state=STATES[number % 2])
     assert [p.pipeline_id for p in client.list()] == ["p4", "p3", "p2", "p1", "p0"]
     failed = client.list(states=["PIPELINE_STATE_FAILED"], page_size=1)
     assert [p.pipeline_id for p in failed] == ["p3", "p1"]
