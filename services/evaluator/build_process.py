@@ -1,0 +1,187 @@
+"""The process of one engine build: `python -m services.evaluator.build_process FD`, a BuildSpec on standard input.
+
+Each build has its own process, because a build that failed can leave state behind that makes the runtime silently drop
+INT8 in the next one (seen with TensorRT-RTX 1.7), and because a crash or a kill then ends the build alone.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import FailedPreconditionError, GranqError, InvalidArgumentError
+from services.evaluator.build_spec import (
+    BuildOutcome,
+    BuildSpec,
+    BuiltTensor,
+    error_line,
+    outcome_line,
+    progress_line,
+)
+
+FIELD = "onnx_trt"
+_PR_SET_PDEATHSIG = 1
+
+
+def build(spec: BuildSpec, report: Callable[[str, int, int], None]) -> BuildOutcome:
+    """Build an engine and write it to ``spec.plan``.
+
+    Args:
+        spec: What to build.
+        report: Takes the builder's phase, its steps done and its steps in all; called from the builder's threads.
+
+    Raises:
+        FailedPreconditionError: The runtime cannot be loaded, or refuses or fails to build; its messages are included.
+        InvalidArgumentError: The graph cannot be parsed, or the runtime does not know a compute capability.
+    """
+    start = time.perf_counter()
+    try:
+        trt = importlib.import_module(spec.module)
+    except (ImportError, OSError) as error:
+        raise FailedPreconditionError(f"{spec.module} is installed but cannot be loaded: {error}") from error
+    log = _log_of(trt)
+    builder = _created(trt.Builder(log), log)
+    flags = 0
+    if int(trt.__version__.split(".")[0]) in spec.strong_typing_majors:
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = _created(builder.create_network(flags), log)
+    parser = trt.OnnxParser(network, log)
+    # parse() of bytes, unlike parse_from_file(), never looks for files beside the graph.
+    if not parser.parse(Path(spec.onnx).read_bytes()):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise InvalidArgumentError(f"{spec.module} cannot parse the graph: {_joined(errors + log.errors)}", field=FIELD)
+    config = _created(builder.create_builder_config(), log)
+    _configure(trt, config, spec)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        fixed = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, *((batch, *fixed) for batch in spec.batch))
+    if config.add_optimization_profile(profile) < 0:
+        raise FailedPreconditionError(f"{spec.module} refuses the batch profile: {_joined(log.errors)}", field="target")
+    monitor = _monitor_of(trt, report)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise FailedPreconditionError(
+            f"{spec.module} could not build the engine: {_joined(log.errors + log.warnings)}",
+            reason="ENGINE_BUILD_FAILED",
+        )
+    Path(spec.plan).write_bytes(plan)
+    tensors = [_described(network.get_input(i), True) for i in range(network.num_inputs)]
+    tensors += [_described(network.get_output(i), False) for i in range(network.num_outputs)]
+    return BuildOutcome(str(trt.__version__), tensors, log.warnings, time.perf_counter() - start)
+
+
+def _configure(trt: Any, config: Any, spec: BuildSpec) -> None:
+    if spec.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
+    if spec.optimization_level is not None:
+        config.builder_optimization_level = spec.optimization_level
+    if not spec.capabilities:
+        return
+    known = {
+        f"{name[2:-1]}.{name[-1]}": member
+        for name, member in trt.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    unknown = [c for c in spec.capabilities if c not in known]
+    if unknown:
+        raise InvalidArgumentError(
+            f"{spec.module} {trt.__version__} builds for {', '.join(known)}, not for {', '.join(unknown)}",
+            field="target.compute_capabilities",
+        )
+    config.num_compute_capabilities = len(spec.capabilities)
+    for index, capability in enumerate(spec.capabilities):
+        config.set_compute_capability(known[capability], index)
+
+
+def _log_of(trt: Any) -> Any:
+    """Return a logger that keeps errors and warnings instead of printing them."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+
+    return Log()
+
+
+def _monitor_of(trt: Any, report: Callable[[str, int, int], None]) -> Any:
+    """Return a progress monitor that reports the outermost phase; the phases within it come and go too fast to show."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self._outer: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if not parent_phase:
+                self._outer[phase_name] = num_steps
+                report(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._outer:
+                report(phase_name, step + 1, self._outer[phase_name])
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._outer.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _created(made: Any, log: Any) -> Any:
+    # The bindings return None where the library failed, for example for want of a driver.
+    if made is None:
+        raise FailedPreconditionError(f"the runtime cannot start here: {_joined(log.errors)}")
+    return made
+
+
+def _described(tensor: Any, is_input: bool) -> BuiltTensor:
+    return BuiltTensor(tensor.name, is_input, str(tensor.dtype).rpartition(".")[2], list(tensor.shape))
+
+
+def _joined(messages: list[str]) -> str:
+    return "; ".join(dict.fromkeys(m.strip() for m in messages if m.strip())) or "it gave no reason"
+
+
+def main() -> int:
+    """Run the build that standard input describes, and write progress and result to the given file descriptor."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        # A build must not outlive its job, which may be killed without a chance to say so.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    spec = BuildSpec(**json.loads(sys.stdin.buffer.readline()))
+    if os.getppid() != parent:
+        return 1
+    lock = threading.Lock()
+    with os.fdopen(int(sys.argv[1]), "wb", buffering=0) as channel:
+
+        def send(line: bytes) -> None:
+            with lock:
+                channel.write(line)
+
+        try:
+            send(outcome_line(build(spec, lambda phase, step, total: send(progress_line(phase, step, total)))))
+        except GranqError as error:
+            send(error_line(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Engine builds, from the job's side: one process each, followed, bounded in time, cancellable and audited."""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from tempfile import TemporaryFile
+from typing import IO
+
+from services.common.errors import FailedPreconditionError, GranqError, ResourceExhaustedError, UnavailableError
+from services.common.jobs import JobContext
+from services.evaluator.build_spec import BuildOutcome, BuildSpec, parse_line
+from services.evaluator.graph import Graph, Layer
+from services.evaluator.plan_audit import PlanAudit, audit_plan
+from services.evaluator.runtimes import EngineRuntime
+
+_POLL_SECONDS = 0.1
+_TAIL_BYTES = 2000
+
+
+def run_build(spec: BuildSpec, context: JobContext, seconds: float) -> BuildOutcome:
+    """Build in a fresh process and wait for it.
+
+    Args:
+        spec: What to build.
+        context: Gets the progress, and stops the build when the job is cancelled.
+        seconds: Time after which the build has failed.
+
+    Raises:
+        CancelledError: The job was cancelled; the process is gone.
+        UnavailableError: The process died.
+        ResourceExhaustedError: It took too long.
+        GranqError: What the build itself reported.
+    """
+    reader, writer = os.pipe()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-P", "-m", "services.evaluator.build_process", str(writer)]
+    with os.fdopen(reader, "rb", buffering=0) as channel, TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(  # noqa: S603 - a fixed command; the request's values travel as JSON
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, pass_fds=(writer,), env=environment
+            )
+        finally:
+            os.close(writer)
+        try:
+            assert process.stdin is not None  # noqa: S101 - it was asked for
+            process.stdin.write(json.dumps(asdict(spec)).encode() + b"\n")
+            process.stdin.close()
+            outcome = _follow(channel, context, time.monotonic() + seconds)
+        except BrokenPipeError:
+            outcome = None
+        finally:
+            if process.poll() is None:
+                process.kill()
+            code = process.wait()
+        if outcome is None:
+            context.log.error("engine build process died", exit_code=code, output=_tail(output))
+            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise UnavailableError(
+                f"the process of the engine build ended by {cause}", reason="ENGINE_BUILD_PROCESS_DIED"
+            )
+        return outcome
+
+
+def _follow(channel: IO[bytes], context: JobContext, end: float) -> BuildOutcome | None:
+    """Read messages until the result; return None when the process ends without one."""
+    pending = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(channel, selectors.EVENT_READ)
+        while True:
+            context.check_cancelled()
+            if time.monotonic() > end:
+                raise ResourceExhaustedError(
+                    "the engine build took longer than this evaluator allows (GRANQ_BUILD_SECONDS)",
+                    reason="ENGINE_BUILD_TIMEOUT",
+                )
+            if not selector.select(_POLL_SECONDS):
+                continue
+            data = channel.read(1 << 16)
+            if not data:
+                return None
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                message = parse_line(line)
+                if isinstance(message, BuildOutcome):
+                    return message
+                if isinstance(message, GranqError):
+                    raise message
+                phase, step, total = message
+                context.report(f"building: {phase}", step, total)
+
+
+def _tail(output: IO[bytes]) -> str:
+    size = output.seek(0, os.SEEK_END)
+    output.seek(max(0, size - _TAIL_BYTES))
+    return output.read().decode(errors="replace")
+
+
+def check_warnings(runtime: EngineRuntime, warnings: list[str]) -> None:
+    """Raise FailedPreconditionError when a build warned of anything but speed or memory."""
+    serious = list(dict.fromkeys(w.strip() for w in warnings if not runtime.is_harmless(w)))
+    if serious:
+        raise FailedPreconditionError(
+            f"{runtime.module} built an engine that may not compute what the graph says: {'; '.join(serious)}",
+            reason="ENGINE_BUILD_WARNING",
+        )
+
+
+def check_graph(graph: Graph) -> None:
+    """Raise FailedPreconditionError when convolutions are stored in a form that no integer kernel runs; names them."""
+    _refuse_floats([n for n in graph.layers if not n.int8_weight or n.per_channel_activation], "the graph stores")
+
+
+def check_plan(runtime: EngineRuntime, graph: Graph, plan: bytes, batch: list[int]) -> PlanAudit | None:
+    """Audit a built plan.
+
+    Returns:
+        The audit, or None where the runtime's plans cannot be read.
+
+    Raises:
+        FailedPreconditionError: A convolution came out in float.
+    """
+    if not runtime.readable_plan:
+        return None
+    audit = audit_plan(plan, graph.layers, batch[0] if batch[0] == batch[2] else None)
+    if audit is not None:
+        _refuse_floats(list(audit.floats), f"{runtime.module} built")
+    return audit
+
+
+def _refuse_floats(layers: list[Layer], who: str) -> None:
+    # Linear layers are counted but not refused: a classifier's last layer in float costs next to nothing.
+    names = [layer.name for layer in layers if layer.kind == "Conv"]
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        raise FailedPreconditionError(
+            f"{who} convolutions in floating point that should be INT8: {', '.join(names[:10])}{more}; "
+            "their weight must be INT8 codes and their input must have one scale",
+            reason="LAYER_NOT_INT8",
+            field="onnx_trt",
+        )

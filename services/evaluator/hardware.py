@@ -1,0 +1,86 @@
+"""What this machine is: processor, GPU and driver, asked of the drivers themselves, so no package is needed."""
+
+import ctypes
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_DRIVER_INFO = Path("/proc/driver/nvidia/version")
+_NAME_BYTES = 256
+# CUdevice_attribute numbers of the CUDA driver API.
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that CUDA lists first, which is where engines are built and run.
+
+    Attributes:
+        name: Product name.
+        compute_capability: Such as "8.6".
+    """
+
+    name: str
+    compute_capability: str
+
+
+def platform_name() -> str:
+    """Return operating system and architecture, such as "linux-x86_64"."""
+    return f"{sys.platform}-{platform.machine().lower()}"
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """Return the processor's model name, or the architecture where the system does not tell."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def find_gpu() -> Gpu | None:
+    """Return the GPU, or None without a usable one."""
+    cuda = _library("libcuda.so.1")
+    device, count = ctypes.c_int(), ctypes.c_int()
+    if cuda is None or cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    failed = (
+        cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetName(name, _NAME_BYTES, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    )
+    return None if failed else Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
+
+
+@lru_cache(maxsize=1)
+def driver_version() -> str:
+    """Return the NVIDIA driver's version, such as "580.95.05"; empty without one."""
+    nvml = _library("libnvidia-ml.so.1")
+    if nvml is not None and nvml.nvmlInit_v2() == 0:
+        text = ctypes.create_string_buffer(_NAME_BYTES)
+        found = nvml.nvmlSystemGetDriverVersion(text, _NAME_BYTES) == 0
+        nvml.nvmlShutdown()
+        if found:
+            return text.value.decode(errors="replace")
+    try:
+        # The driver library is missing in some containers, and its kernel module still tells.
+        match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _DRIVER_INFO.read_text(errors="replace"))
+    except OSError:
+        return ""
+    return match.group(1) if match else ""
+
+
+def _library(name: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None

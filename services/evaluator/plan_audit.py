@@ -1,0 +1,115 @@
+"""Reads out of a TensorRT-RTX plan which layers kept their INT8 weights.
+
+A plan holds descriptions of its tensors in plain text. The format is not documented, so the audit has three answers: so
+many layers are INT8, these are not, or the plan cannot be read. What it looks for was found by building graphs of which
+the answer was known:
+
+* A layer that runs in INT8 has its weight as an INT8 constant: dimensions as in the graph, the input channels of a
+  group padded to a multiple of 4 or more; a matrix may be transposed.
+* A layer that fell back to float has a float constant, or an INT8 constant and, beside it, a float buffer of exactly
+  the weight's dimensions, into which it is expanded at run time.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.evaluator.graph import Layer
+
+_TENSOR = re.compile(rb"tensor=\{ ([ -~]*?) type=(\w+) \}")
+_DIMS = re.compile(rb"\bdims=\{ ([^}]*) \}")
+_LARGEST_PADDING = 32
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlanAudit:
+    """What a plan says about the layers of its graph.
+
+    Attributes:
+        int8: Layers that run in INT8.
+        total: Layers in the graph.
+        floats: The layers that do not. Layers with equal weight shapes cannot be told apart in a plan; when some of
+            them fell back, the last ones are named.
+    """
+
+    int8: int
+    total: int
+    floats: tuple[Layer, ...]
+
+
+def audit_plan(plan: bytes, layers: Sequence[Layer], fixed_batch: int | None) -> PlanAudit | None:
+    """Find out which layers run in INT8.
+
+    Args:
+        plan: A plan of TensorRT-RTX.
+        layers: Layers of the graph that it was built from.
+        fixed_batch: The batch of a profile that admits only one. Activations then have only fixed dimensions as well,
+            so a float buffer of this many outermost items is not taken for an expanded weight.
+
+    Returns:
+        The audit, or None when the plan holds no readable descriptions.
+    """
+    descriptions = _TENSOR.findall(plan)
+    if not descriptions:
+        return None
+    constants, expanded = _shapes(descriptions)
+    expanded = [shape for shape in expanded if shape[0] != fixed_batch]
+    # Where shapes are equal, the layers that the graph itself gives away are the ones left without a constant.
+    unplaced = sorted(layers, key=lambda layer: not layer.int8_weight)
+    placed: list[Layer] = []
+    # Exact fits first, so that a padded fit does not take the constant of another layer.
+    for fits in (_equal, _padded):
+        for layer in list(unplaced):
+            found = next((c for c in constants if fits(layer.weight_shape, c)), None)
+            if found is not None:
+                constants.remove(found)
+                unplaced.remove(layer)
+                placed.append(layer)
+    floats = list(unplaced)
+    for layer in sorted(placed, key=lambda layer: not layer.per_channel_activation):
+        found = next((e for e in expanded if _equal(layer.weight_shape, e)), None)
+        if found is not None:
+            expanded.remove(found)
+            floats.append(layer)
+    return PlanAudit(len(layers) - len(floats), len(layers), tuple(layer for layer in layers if layer in floats))
+
+
+def _shapes(descriptions: Sequence[tuple[bytes, bytes]]) -> tuple[list[Shape], list[Shape]]:
+    """Return the shapes of INT8 constants, and of float buffers with only fixed dimensions."""
+    constants: list[Shape] = []
+    buffers: list[Shape] = []
+    for description, kind in descriptions:
+        dims = _DIMS.search(description)
+        words = dims.group(1).split() if dims else []
+        if len(words) < 2 or not all(word.isdigit() for word in words):
+            continue
+        shape = tuple(int(word) for word in words)
+        constant = b"const_payload_size=" in description
+        if constant and kind == b"int8":
+            constants.append(shape)
+        elif not constant and kind == b"float":
+            buffers.append(shape)
+    return constants, buffers
+
+
+def _equal(weight: Shape, shape: Shape) -> bool:
+    return shape == weight or (len(weight) == 2 and shape == weight[::-1])
+
+
+def _padded(weight: Shape, shape: Shape) -> bool:
+    if len(weight) != len(shape):
+        # A matrix may be held as a 1×1 convolution.
+        return len(weight) == 2 and len(shape) == 4 and shape[2:] == (1, 1) and _padded(weight, shape[:2])
+    if len(weight) == 2:
+        return _pads(weight, shape) or _pads(weight[::-1], shape)
+    return weight[0] == shape[0] and weight[2:] == shape[2:] and _pads(weight[1:2], shape[1:2])
+
+
+def _pads(lengths: Shape, padded: Shape) -> bool:
+    """Return whether each length is equal or rounded up to the next multiple of 4 to 32."""
+    return all(
+        b == a or (b > a and b % 4 == 0 and b <= -(-a // _LARGEST_PADDING) * _LARGEST_PADDING)
+        for a, b in zip(lengths, padded, strict=True)
+    )

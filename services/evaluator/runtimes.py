@@ -1,0 +1,154 @@
+"""The two runtimes that build engines, and all in which they differ."""
+
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+
+from granq.v1 import common_pb2, evaluator_pb2
+from services.common.errors import FailedPreconditionError, InvalidArgumentError
+from services.evaluator.hardware import cpu_name, driver_version, find_gpu, platform_name
+
+
+@dataclass(frozen=True)
+class EngineRuntime:
+    """One builder of engines.
+
+    Attributes:
+        runtime: Its name in the contract.
+        module: Python module.
+        package: What pip installs.
+        strong_typing_majors: Major versions in which a network must be asked to keep the graph's number formats; in
+            later ones it always does.
+        gpu_to_build: Whether the builder times kernels on the GPU that the engine will run on.
+        capabilities: Compute capabilities of an engine when the request names none; empty where they are the GPU's.
+        takes_capabilities: Whether an engine can be built for other GPUs than the one at hand.
+        optimization_levels: Whether the builder has them.
+        readable_plan: Whether the plan tells which weights stayed INT8.
+        harmless_warnings: Patterns of warnings about speed or memory. Any other warning fails the build, because among
+            them are those that say that numbers will differ (such as uint8 codes taken as int8).
+    """
+
+    runtime: common_pb2.Runtime
+    module: str
+    package: str
+    strong_typing_majors: frozenset[int]
+    gpu_to_build: bool
+    capabilities: tuple[str, ...]
+    takes_capabilities: bool
+    optimization_levels: bool
+    readable_plan: bool
+    harmless_warnings: tuple[str, ...]
+
+    def version(self) -> str | None:
+        """Return the installed version, or None. Does not import the runtime, which would load its libraries."""
+        if importlib.util.find_spec(self.module) is None:
+            return None
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            # JetPack and NVIDIA's containers bring the module under other package names.
+            return "unknown"
+
+    def is_harmless(self, warning: str) -> bool:
+        """Return whether a build may pass in spite of this warning."""
+        return any(re.search(pattern, warning) for pattern in self.harmless_warnings)
+
+
+TENSORRT = EngineRuntime(
+    runtime=common_pb2.RUNTIME_TENSORRT,
+    module="tensorrt",
+    package="tensorrt",
+    strong_typing_majors=frozenset({10}),
+    gpu_to_build=True,
+    capabilities=(),
+    takes_capabilities=False,
+    optimization_levels=True,
+    readable_plan=False,
+    harmless_warnings=(
+        r"CUDA lazy loading is not enabled",
+        r"Unable to determine GPU memory usage",
+        r"[Ss]kipping tactic .* due to insufficient memory",
+        r"Device memory is insufficient to use tactic",
+    ),
+)
+TENSORRT_RTX = EngineRuntime(
+    runtime=common_pb2.RUNTIME_TENSORRT_RTX,
+    module="tensorrt_rtx",
+    package="tensorrt-rtx",
+    strong_typing_majors=frozenset(),
+    gpu_to_build=False,
+    # NVIDIA's documentation; Turing (7.5) must be asked for, and the plus stands for later architectures.
+    capabilities=("8.0", "8.6", "8.9", "12.0+"),
+    takes_capabilities=True,
+    optimization_levels=False,
+    readable_plan=True,
+    harmless_warnings=(r"CUDA lazy loading is not enabled", r"Unable to determine GPU memory usage"),
+)
+ENGINE_RUNTIMES = (TENSORRT, TENSORRT_RTX)
+"""In the order in which the contract prefers them."""
+
+
+def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
+    """Return the runtime that builds for a target.
+
+    Without a runtime in the target, it is the first installed one that can build on this machine.
+
+    Raises:
+        FailedPreconditionError: The runtime is not installed (the message names the package), or needs a GPU.
+        InvalidArgumentError: TensorRT is asked to build for another GPU than the one at hand.
+    """
+    wanted = [r for r in ENGINE_RUNTIMES if target.runtime in (common_pb2.RUNTIME_UNSPECIFIED, r.runtime)]
+    if not wanted:
+        raise InvalidArgumentError("an engine's runtime must be TENSORRT or TENSORRT_RTX", field="target.runtime")
+    installed = [r for r in wanted if r.version() is not None]
+    if not installed:
+        packages = " or ".join(f"pip install {r.package}" for r in wanted)
+        raise FailedPreconditionError(
+            f"no runtime that builds this engine is installed on this evaluator: {packages}",
+            reason="RUNTIME_NOT_INSTALLED",
+            field="target.runtime",
+        )
+    gpu = find_gpu()
+    able = [r for r in installed if gpu is not None or not r.gpu_to_build]
+    if not able:
+        raise FailedPreconditionError(
+            f"{installed[0].module} builds engines only on a machine with an NVIDIA GPU, and this evaluator has none; "
+            f"{TENSORRT_RTX.package} builds without one",
+            reason="GPU_REQUIRED",
+            field="target.runtime",
+        )
+    chosen = able[0]
+    if not chosen.takes_capabilities and gpu is not None:
+        others = sorted(set(target.compute_capabilities) - {gpu.compute_capability})
+        if others:
+            raise InvalidArgumentError(
+                f"{chosen.module} builds for the GPU at hand, {gpu.name} with compute capability "
+                f"{gpu.compute_capability}, not for {', '.join(others)}",
+                field="target.compute_capabilities",
+            )
+    return chosen
+
+
+def capabilities() -> evaluator_pb2.GetCapabilitiesResponse:
+    """Return what this machine can run and build, without loading any runtime."""
+    gpu = find_gpu()
+    result = evaluator_pb2.GetCapabilitiesResponse(
+        platform=platform_name(), cpu=cpu_name(), gpu=gpu.name if gpu else "", driver_version=driver_version()
+    )
+    result.runtimes.add(
+        runtime=common_pb2.RUNTIME_ONNXRUNTIME,
+        version=importlib.metadata.version("onnxruntime"),
+        can_build=False,
+        can_run=True,
+    )
+    for runtime in ENGINE_RUNTIMES:
+        version = runtime.version()
+        if version is not None:
+            result.runtimes.add(
+                runtime=runtime.runtime,
+                version=version,
+                can_build=gpu is not None or not runtime.gpu_to_build,
+                can_run=gpu is not None,
+            )
+    return result
