@@ -19,7 +19,8 @@ def up(
         int, typer.Option(min=0, max=64500, help="Coordinator's port; the next three are the workers'. 0: any free.")
     ] = 50050,
     datasets: Annotated[
-        Path | None, typer.Option(help="Folder below which labelled sets are found by path.", exists=True)
+        Path | None,
+        typer.Option(help="Folder below which labelled sets are found by path. Default: DATA/datasets.", exists=True),
     ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(help="JSON file with the addresses, written once all four serve; for scripts.")
@@ -37,7 +38,10 @@ def up(
 
     data = data.resolve()
     data.mkdir(parents=True, exist_ok=True)
-    plan = Plan(data, host, port, datasets.resolve() if datasets else None)
+    if datasets is None:
+        datasets = data / "datasets"
+        datasets.mkdir(exist_ok=True)
+    plan = Plan(data, datasets.resolve(), host, port)
     with (data / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

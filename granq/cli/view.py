@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from granq.v1 import common_pb2, coordinator_pb2, reports_pb2
+from granq.transfer import digest_of
+from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2, reports_pb2
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,10 +131,10 @@ def _engine_lines(pipeline: coordinator_pb2.Pipeline, folder: Path | None) -> It
             yield f"engine: none for {RUNTIMES[outcome.target.runtime]}: {outcome.failure.message}"
             continue
         manifest = outcome.engine.manifest
-        places = _find(folder, manifest.engine.name)
+        place = _find(folder, manifest.engine)
         targets = ", ".join(f"sm {c}" for c in manifest.compute_capabilities) or "the GPU it was built on"
         yield (
-            f"engine: {places or manifest.engine.digest}, {size(manifest.engine.size_bytes)}, "
+            f"engine: {place or manifest.engine.digest}, {size(manifest.engine.size_bytes)}, "
             f"{RUNTIMES[manifest.runtime]} {manifest.runtime_version} for {targets}, {manifest.platform}"
         )
 
@@ -146,11 +147,16 @@ def _size_lines(results: coordinator_pb2.PipelineResults) -> Iterator[str]:
 
 def _place_lines(results: coordinator_pb2.PipelineResults, folder: Path | None) -> Iterator[str]:
     if results.HasField("report"):
-        yield f"report: {_find(folder, 'report.json') or results.report.digest}"
+        yield f"report: {_find(folder, results.report) or results.report.digest}"
     if results.HasField("bundle"):
         yield f"bundle: {folder or results.bundle.digest}"
 
 
-def _find(folder: Path | None, name: str) -> Path | None:
-    """Return where a file of this name lies in the unpacked bundle."""
-    return next(iter(sorted(folder.rglob(name))), None) if folder and name else None
+def _find(folder: Path | None, artifact: artifacts_pb2.Artifact) -> Path | None:
+    """Return where an artifact lies in the unpacked bundle: the file with its content, whatever its name."""
+    for path in sorted(folder.rglob("*")) if folder else ():
+        if path.is_file() and path.stat().st_size == artifact.size_bytes:
+            with path.open("rb") as stream:
+                if digest_of(stream) == artifact.digest:
+                    return path
+    return None

@@ -33,13 +33,13 @@ class Plan:
         data: Folder for artifacts, caches, database, logs.
         host: Address to bind, and under which the services find each other.
         port: Port of the coordinator; the others follow. 0: the system chooses every port.
-        datasets: Folder below which labelled sets are found; None leaves the services' own default.
+        datasets: Folder below which labelled sets are found by path.
     """
 
     data: Path
+    datasets: Path
     host: str = "127.0.0.1"
     port: int = 50050
-    datasets: Path | None = None
 
     def ports(self, service: Service) -> tuple[int, int]:
         """Return the gRPC port and the metrics port to ask for."""
@@ -70,10 +70,9 @@ class Plan:
             "ARTIFACT_URL": (self.data / "artifacts").as_uri(),
             "CACHE_DIR": str(self.data / "cache" / service.name),
             "READY_FILE": str(self.ready_file(service)),
+            "DATASET_ROOT": str(self.datasets),
         }
         if service.name == "coordinator":
             settings["DATABASE_URL"] = f"sqlite:///{self.data / 'coordinator.sqlite'}"
-        if self.datasets is not None:
-            settings["DATASET_ROOT"] = str(self.datasets)
         settings |= {f"{need.upper()}_ADDRESS": addresses[need] for need in service.needs}
         return os.environ | {f"GRANQ_{key}": value for key, value in settings.items()}

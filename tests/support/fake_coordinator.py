@@ -53,6 +53,7 @@ class FakeCoordinator(coordinator_pb2_grpc.PipelineServiceServicer, artifacts_pb
         corrupt: Digests whose content is sent with its first byte changed.
         unavailable: Unary calls still to be answered UNAVAILABLE.
         calls: Names of the methods called, in order.
+        deadlines: Seconds that the client gave the last call of each method.
         after_submit: What a submitted pipeline turns into.
     """
 
@@ -66,6 +67,7 @@ class FakeCoordinator(coordinator_pb2_grpc.PipelineServiceServicer, artifacts_pb
         self.corrupt: set[str] = set()
         self.unavailable = 0
         self.calls: list[str] = []
+        self.deadlines: dict[str, float | None] = {}
         self.offsets: list[int] = []
         self.after_submit: Callable[[S.Pipeline], None] = self.succeed
 
@@ -107,6 +109,7 @@ class FakeCoordinator(coordinator_pb2_grpc.PipelineServiceServicer, artifacts_pb
 
     def _enter(self, name: str, context: Any) -> None:
         self.calls.append(name)
+        self.deadlines[name] = context.time_remaining()
         if self.unavailable > 0:
             self.unavailable -= 1
             context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")

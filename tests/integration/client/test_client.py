@@ -239,10 +239,13 @@ def test_a_file_that_is_there_already_is_not_fetched(
     assert "DownloadArtifact" not in fake.calls
 
 
-def test_every_unary_call_has_a_deadline(fake: FakeCoordinator) -> None:
-    with serve(fake) as address, granq.Client(address, timeout=1e-6) as client:
-        fake.add("p")
-        for call in (client.get, client.cancel, client.retry, client.delete):
-            with pytest.raises(granq.GranqClientError) as caught:
-                call("p")
-            assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+def test_every_call_but_watch_has_a_deadline(fake: FakeCoordinator, client: granq.Client, tmp_path: Path) -> None:
+    pipeline = client.submit(spec())
+    for call in (client.get, client.wait, client.cancel, client.retry, client.delete):
+        call(pipeline.pipeline_id)
+    list(client.list())
+    client.download(client.upload(CONTENT, name="file"), tmp_path)
+    assert len(fake.deadlines) == 9
+    for name, seconds in fake.deadlines.items():
+        assert seconds is not None, name
+        assert 0 < seconds < 60.0, name  # without a deadline it would be years

@@ -86,7 +86,7 @@ def test_dataset_format_is_taken_from_the_name_of_an_npz_only() -> None:
 
 
 def test_plan_gives_each_service_its_own_ports_and_the_addresses_it_needs() -> None:
-    plan = Plan(Path("/data"), port=6000, datasets=Path("/sets"))
+    plan = Plan(Path("/data"), Path("/sets"), port=6000)
     ports = [port for service in SERVICES for port in plan.ports(service)]
     assert len(set(ports)) == len(ports)
     quantizer = next(s for s in SERVICES if s.name == "quantizer")
@@ -95,4 +95,4 @@ def test_plan_gives_each_service_its_own_ports_and_the_addresses_it_needs() -> N
     assert environment["GRANQ_ARTIFACT_URL"] == "file:///data/artifacts"
     assert environment["GRANQ_DATASET_ROOT"] == "/sets"
     assert "GRANQ_DATABASE_URL" not in environment
-    assert Plan(Path("/data"), port=0).ports(quantizer) == (0, 0)
+    assert Plan(Path("/data"), Path("/sets"), port=0).ports(quantizer) == (0, 0)
