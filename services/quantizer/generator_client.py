@@ -37,6 +37,7 @@ class CoTrainSource:
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self._channel = grpc.insecure_channel(address, unlimited)
         self._requests: queue.SimpleQueue[generator_pb2.CoTrainRequest | None] = queue.SimpleQueue()
+        self._early: generator_pb2.CoTrainResponse | None = None
         self._device = device
         try:
             grpc.channel_ready_future(self._channel).result(timeout=CONNECT_SECONDS)
@@ -56,12 +57,19 @@ class CoTrainSource:
             yield request
 
     def _receive(self, wanted: str) -> generator_pb2.CoTrainResponse:
+        if wanted == "batch" and self._early is not None:
+            response, self._early = self._early, None
+            return response
         try:
             response = next(self._responses)
         except StopIteration:
             raise InternalError("the generator ended the joint training early", reason="CO_TRAIN_ENDED") from None
         except grpc.RpcError as error:
             raise status_to_error(error) from error
+        if response.WhichOneof("message") == "batch" and wanted == "saved":
+            # The next batch was on its way when the state was asked for; it waits for `next`.
+            self._early = response
+            return self._receive(wanted)
         if response.WhichOneof("message") != wanted:
             raise InternalError(f"the generator sent no {wanted}", reason="CO_TRAIN_OUT_OF_STEP")
         return response
@@ -109,9 +117,7 @@ def opening(
     resume_from: str = "",
 ) -> generator_pb2.CoTrainOpen:
     """Return the first message of a stream; ``resume_from`` is a digest that ``CoTrainSource.save`` returned."""
-    message = generator_pb2.CoTrainOpen(
-        model=model, generator=generator, batch_size=batch_size, seed=seed, key=key
-    )
+    message = generator_pb2.CoTrainOpen(model=model, generator=generator, batch_size=batch_size, seed=seed, key=key)
     if resume_from:
         message.resume_from.CopyFrom(artifacts_pb2.Artifact(digest=resume_from))
     return message
