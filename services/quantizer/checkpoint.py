@@ -20,7 +20,9 @@ from services.quantizer.training import Trainer
 _MEDIA_TYPE = "application/vnd.safetensors"
 
 
-def _put(store: ArtifactStore, tensors: dict[str, Tensor], metadata: dict[str, str], name: str) -> artifacts_pb2.Artifact:
+def _put(
+    store: ArtifactStore, tensors: dict[str, Tensor], metadata: dict[str, str], name: str
+) -> artifacts_pb2.Artifact:
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     return store.put_bytes(save(contiguous, metadata), name=name, media_type=_MEDIA_TYPE)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from services.quantizer.config import ActivationGranularity, WeightGranularity
 
 SPAN_FLOOR = 1e-8  # of the equations: keeps the scale of a constant group finite
+OVERFLOW_RATIO = 1e-35  # span to magnitude below which scale·value would leave float32; only values above 1e27 meet it
 
 
 def group_range(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,15 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, clamp: bool) -> Tensor:
-        scale = (2**bits - 1) / (hi - lo).clamp_min(SPAN_FLOOR)
+        span = (hi - lo).clamp_min(SPAN_FLOOR)
+        span = torch.maximum(span, torch.maximum(lo.abs(), hi.abs()) * OVERFLOW_RATIO)
+        scale = (2**bits - 1) / span
         zero_point = torch.round(scale * lo) + 2 ** (bits - 1)
         codes = (x * scale).sub_(zero_point).round_()
         if clamp:
             codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return codes.add_(zero_point).div_(scale)
+        result: Tensor = codes.add_(zero_point).div_(scale)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -77,7 +81,7 @@ def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
         ValueError: as ``group_range``.
     """
     lo, hi = group_range(x.detach(), dims)
-    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, False)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, False)
     return result
 
 
@@ -133,9 +137,7 @@ class DynamicActivation(nn.Module):
         if not self.steps:
             raise RuntimeError("the range of a PER_TENSOR activation was never tracked; run a batch with tracking set")
         correction = 1 - self.BETA**self.steps
-        result: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-            x, self.lo / correction, self.hi / correction, self.bits, True
-        )
+        result: Tensor = _FakeQuantize.apply(x, self.lo / correction, self.hi / correction, self.bits, True)
         return result
 
     def extra_repr(self) -> str:

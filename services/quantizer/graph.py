@@ -72,7 +72,9 @@ def channels_of(node: fx.Node) -> int:
     return int(node.meta["tensor_meta"].shape[1])
 
 
-def insert_module(graph_module: fx.GraphModule, after: fx.Node, source: fx.Node, name: str, module: nn.Module) -> fx.Node:
+def insert_module(
+    graph_module: fx.GraphModule, after: fx.Node, source: fx.Node, name: str, module: nn.Module
+) -> fx.Node:
     """Register ``module`` as ``name`` and call it on ``source`` right after node ``after``; return the new node."""
     graph_module.add_submodule(name, module)
     with graph_module.graph.inserting_after(after):

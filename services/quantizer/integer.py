@@ -135,7 +135,12 @@ class IntegerConv2d(IntegerLayer):
 
     def __init__(self, layer: QuantizedConv2d) -> None:
         super().__init__(layer)
-        self.stride, self.padding, self.dilation, self.groups = layer.stride, layer.padding, layer.dilation, layer.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+        )
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return accumulator·factor."""
@@ -160,7 +165,9 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
     """
     result = copy.deepcopy(student)
     quantizers = {
-        node: module for node in result.graph.nodes if isinstance(module := module_of(result, node), ActivationQuantizer)
+        node: module
+        for node in result.graph.nodes
+        if isinstance(module := module_of(result, node), ActivationQuantizer)
     }
     for node in list(result.graph.nodes):
         module = module_of(result, node)
@@ -235,7 +242,7 @@ def integer_layers(model: fx.GraphModule) -> list[tuple[str, IntegerLayer, bool]
 
 
 def float_operations(model: fx.GraphModule) -> list[str]:
-    """Return "name (kind)" of what computes in floating point: all but codes, integer layers and plain rearrangement."""
+    """Return "name (kind)" of what computes in floating point: not codes, integer layers or plain rearrangement."""
     inside = (Codes, Scale, SumScale, IntegerLayer, nn.Flatten, nn.MaxPool2d, nn.Identity)
     found = []
     for node in model.graph.nodes:
@@ -255,7 +262,9 @@ def packed_bytes(model: fx.GraphModule) -> int:
     """Return the bytes of all weights at their own bit widths plus scales and biases in float32."""
     total = 0
     for _, layer, _ in integer_layers(model):
-        total += int(np.ceil(layer.codes.numel() * layer.bits.weight / 8)) + 4 * (layer.bias.numel() + layer.factor.numel())
+        total += int(np.ceil(layer.codes.numel() * layer.bits.weight / 8)) + 4 * (
+            layer.bias.numel() + layer.factor.numel()
+        )
     scales = [m.inverse for m in model.modules() if isinstance(m, Codes) and m.inverse is not None]
     factors = [m.factor for m in model.modules() if isinstance(m, (Scale, SumScale))]
     return total + sum(4 * t.numel() for t in (*scales, *factors))

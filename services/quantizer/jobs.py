@@ -37,7 +37,9 @@ def _prepare(settings: QuantizerSettings) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cpu" and not torch.cuda.is_available():
-        raise FailedPreconditionError(f"device {name!r} was configured, but PyTorch sees no CUDA device", reason="NO_CUDA")
+        raise FailedPreconditionError(
+            f"device {name!r} was configured, but PyTorch sees no CUDA device", reason="NO_CUDA"
+        )
     return torch.device(name)
 
 
@@ -188,8 +190,8 @@ def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jo
     model, student, quantization = _load_quantized(request.model, request.quantized_model.digest, context)
     if not quantization.deployable:
         raise FailedPreconditionError(
-            f"{quantization.activation_granularity.name} activations have dynamic ranges, which no integer engine runs; "
-            "quantize with PER_CHANNEL to export",
+            f"{quantization.activation_granularity.name} activations have dynamic ranges, which no integer engine "
+            "runs; quantize with PER_CHANNEL to export",
             reason="SIMULATION_ONLY",
             field="quantized_model",
         )

@@ -92,7 +92,7 @@ class _RoundThrough(torch.autograd.Function):
 
 
 class ActivationQuantizer(nn.Module):
-    """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape and dtype, one learned scale per channel.
+    """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape and dtype; one learned scale a channel.
 
     ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
     or below ceiling/hi, so that clipping the codes also does the clipping of the activation.
@@ -121,7 +121,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the codes."""
         log_scale = self.bounded_log_scale().view(1, -1, *[1] * (x.dim() - 2))
-        result: Tensor = _Codes.apply(x, log_scale, self.code_range.lo, self.code_range.hi)  # type: ignore[no-untyped-call]
+        result: Tensor = _Codes.apply(x, log_scale, self.code_range.lo, self.code_range.hi)
         return result
 
     def extra_repr(self) -> str:
@@ -201,14 +201,14 @@ class QuantizedLayer(nn.Module, ABC):
     def weight_codes(self) -> Tensor:
         """Return the integer-valued codes p of W', shaped as the weight."""
         log_step = self.log_step.view(-1, *[1] * (self.weight.dim() - 1))
-        codes: Tensor = _Codes.apply(self.folded_weight(), log_step, -self.limit, self.limit)  # type: ignore[no-untyped-call]
+        codes: Tensor = _Codes.apply(self.folded_weight(), log_step, -self.limit, self.limit)
         return codes
 
     def quantized_weight_and_bias(self) -> tuple[Tensor, Tensor]:
         """Return p·t, shaped as the weight, and the bias on the accumulator's grid, O."""
         step = torch.exp(self.log_step.detach())
         weight = self.weight_codes() * step.view(-1, *[1] * (self.weight.dim() - 1))
-        bias: Tensor = _RoundThrough.apply(self.bias / step) * step  # type: ignore[no-untyped-call]
+        bias: Tensor = _RoundThrough.apply(self.bias / step) * step
         return weight, bias
 
     def extra_repr(self) -> str:

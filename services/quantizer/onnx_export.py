@@ -12,7 +12,6 @@ Run without graph optimizations this file computes exactly what ``integer.py`` c
 
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,12 @@ def _codes(x: Any, lo: int, hi: int) -> Any:
     if (lo, hi) != (-128, 127):  # QuantizeLinear itself saturates there
         x = op.Clip(x, _constant(lo, "float32"), _constant(hi, "float32"))
     one, zero = _constant(1, "float32"), _constant(0, "int8")
-    return op.DequantizeLinear(op.QuantizeLinear(x, one, zero), one, zero)
-
-
-def _weight_translation(outputs: int) -> Callable[[Any], Any]:
-    def weight(codes: Any) -> Any:
-        ones = op.Constant(value=numpy_helper.from_array(np.ones(outputs, np.float32)))
-        return op.DequantizeLinear(codes, ones, axis=0)
-
-    return weight
+    codes: Any = op.QuantizeLinear(x, one, zero)
+    return op.DequantizeLinear(codes, one, zero)
 
 
 def _weight(codes: Any) -> Any:
-    return _weight_translation(int(codes.shape[0]))(codes)
+    return op.DequantizeLinear(codes, _constant(np.ones(codes.shape[0]), "float32"), axis=0)
 
 
 def _export(module: nn.Module, input_shape: tuple[int, int, int], table: dict[Any, Any]) -> onnx.ModelProto:
@@ -75,8 +67,9 @@ def _export(module: nn.Module, input_shape: tuple[int, int, int], table: dict[An
 
 
 def _strip_provenance(model: onnx.ModelProto) -> None:
-    """Remove stack traces and source paths that the exporter keeps in metadata; a shipped file should not carry them."""
+    """Remove the stack traces and source paths that the exporter keeps in metadata; they are not for shipping."""
     del model.graph.metadata_props[:]
+    part: Any
     for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
         del part.metadata_props[:]
     for node in model.graph.node:

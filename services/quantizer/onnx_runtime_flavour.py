@@ -11,6 +11,7 @@ and a linear layer MatMulInteger → Cast → Add → Mul, which are integer ker
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -51,7 +52,7 @@ class _Rewriter:
         self.initializers[name] = value
         return name
 
-    def add(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def add(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"node_{output}", **attributes))
         return output
 
@@ -128,7 +129,9 @@ def _rewrite_layer(rewriter: _Rewriter, layer: NodeProto, multiply: NodeProto) -
     attributes = {a.name: helper.get_attribute_value(a) for a in layer.attribute}
     zero = rewriter.constant("weight_zero_point", np.array(0, np.int8))
     if layer.op_type == "Gemm":
-        matrix = rewriter.constant(f"{output}_weight", np.ascontiguousarray(weight.T if attributes.get("transB") else weight))
+        matrix = rewriter.constant(
+            f"{output}_weight", np.ascontiguousarray(weight.T if attributes.get("transB") else weight)
+        )
         sums = rewriter.add("MatMulInteger", [codes.unsigned, matrix, codes.zero_point, zero], f"{output}_sums")
     else:
         kernel = rewriter.constant(f"{output}_weight", weight)
@@ -139,7 +142,9 @@ def _rewrite_layer(rewriter: _Rewriter, layer: NodeProto, multiply: NodeProto) -
             scaled = rewriter.constant(f"{output}_bias", (bias * flat).astype(np.float32))
             rewriter.add("Conv", [codes.values, values, scaled], output, **attributes)
             return
-        sums = rewriter.add("ConvInteger", [codes.unsigned, kernel, codes.zero_point, zero], f"{output}_sums", **attributes)
+        sums = rewriter.add(
+            "ConvInteger", [codes.unsigned, kernel, codes.zero_point, zero], f"{output}_sums", **attributes
+        )
     shape = (1, -1) if layer.op_type == "Gemm" else (1, -1, *[1] * (weight.ndim - 2))
     shift = rewriter.constant(f"{output}_bias", bias.reshape(shape).astype(np.float32))
     cast = rewriter.add("Cast", [sums], f"{output}_float", to=TensorProto.FLOAT)

@@ -118,7 +118,7 @@ def _deployable(student: fx.GraphModule, quantization: Quantization) -> None:
 def _dequantize_for_others(
     student: fx.GraphModule, quantizers: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]]
 ) -> None:
-    """Let every other reader of a quantized tensor read the dequantized codes (of the most bits, if there are several)."""
+    """Let other readers of a quantized tensor read the dequantized codes (of the most bits, if there are several)."""
     by_source: dict[fx.Node, list[tuple[fx.Node, ActivationQuantizer]]] = {}
     for (source, _), pair in quantizers.items():
         by_source.setdefault(source, []).append(pair)
@@ -200,7 +200,8 @@ def stop_tracking(student: nn.Module) -> None:
 
 def trainable(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return (weights, biases and affines; logarithms of scales), in a fixed order."""
-    weights, scales = [], []
+    weights: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(True)
         (scales if name.endswith(("log_scale", "log_step")) else weights).append(parameter)

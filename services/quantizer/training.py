@@ -97,7 +97,7 @@ class Trainer:
         if self._scales is not None:
             self._scales.param_groups[0]["lr"] = SCALE_LEARNING_RATE * factor
             self._scales.zero_grad()
-        loss.backward(inputs=self._parameters)  # type: ignore[no-untyped-call]
+        loss.backward(inputs=self._parameters)
         self._weights.step()
         if self._scales is not None:
             self._scales.step()
@@ -118,7 +118,9 @@ class Trainer:
         while self.iteration < self.training.iterations:
             losses = torch.stack([value.cpu() for value in self.step()])
             if not torch.isfinite(losses).all():
-                raise FloatingPointError(f"loss {losses.tolist()} at iteration {self.iteration}; lower the learning rate")
+                raise FloatingPointError(
+                    f"loss {losses.tolist()} at iteration {self.iteration}; lower the learning rate"
+                )
             sums, count = sums + losses, count + 1
             if self.iteration > self.training.iterations - epoch:
                 self._epoch += torch.stack([losses[0].double(), torch.ones((), dtype=torch.float64)])

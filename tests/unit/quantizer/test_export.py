@@ -1,0 +1,131 @@
+"""The exported files compute what the integer form computes. Networks are small; every kind of layer is there."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from services.quantizer.calibrate import calibrate
+from services.quantizer.config import ActivationGranularity, Quantization
+from services.quantizer.integer import (
+    Codes,
+    float_operations,
+    integer_layers,
+    is_exact,
+    packed_bytes,
+    to_integer,
+)
+from services.quantizer.onnx_export import export_trt
+from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
+from services.quantizer.student import build_student
+from tests.support.models import Bottleneck, Residual, captured
+
+torch.set_num_threads(1)
+SHAPE = (3, 8, 8)
+
+
+def run(model: onnx.ModelProto, images: torch.Tensor, optimize: bool, folder: Path) -> NDArray[np.float32]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    # Kernels without VNNI add pairs of products in 16 bits; this keeps signed inputs (codes up to 255) from saturating.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if optimize:
+        options.optimized_model_filepath = str(folder / "optimized.onnx")
+    else:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": images.numpy()})
+    return np.asarray(logits)
+
+
+def quantized(model: nn.Module, quantization: Quantization) -> tuple[torch.fx.GraphModule, torch.Tensor]:
+    student = build_student(captured(model, SHAPE), quantization)
+    images = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(1))
+    calibrate(student, images)
+    return student, images
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization"),
+    [
+        (Residual(), Quantization(8, 8)),
+        (Residual(), Quantization(3, 4, overrides={"fc": (8, 8), "project.0": (5, 6)})),
+        (Bottleneck(), Quantization(4, 8)),
+    ],
+    ids=["residual-w8a8", "residual-mixed", "bottleneck-w4a8"],
+)
+def test_both_files_equal_the_integer_form_bit_for_bit(
+    model: nn.Module, quantization: Quantization, tmp_path: Path
+) -> None:
+    student, images = quantized(model, quantization)
+    integer = to_integer(student)
+    assert is_exact(integer)
+    with torch.no_grad():
+        want = integer(images).numpy()
+        simulated = student(images)
+    assert (simulated.argmax(1).numpy() == want.argmax(1)).mean() > 0.9  # a flip at .5 may move a near tie
+    trt = export_trt(integer, SHAPE)
+    assert {o.version for o in trt.opset_import if not o.domain} == {21}
+    assert np.array_equal(run(trt, images, optimize=False, folder=tmp_path), want)
+    assert np.array_equal(run(trt, images[:3], optimize=False, folder=tmp_path), want[:3])  # the batch is free
+    ort = to_onnx_runtime(trt)
+    got = run(ort, images, optimize=True, folder=tmp_path)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    assert (got.argmax(1) == want.argmax(1)).all()
+    kernels = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    integer_kernels = kernels["QLinearConv"] + kernels["ConvInteger"] + kernels["MatMulInteger"]
+    assert integer_kernels == len(integer_layers(integer))
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(kernels)
+
+
+def test_scales_fold_into_producers_and_rectifiers_vanish() -> None:
+    student, _ = quantized(Bottleneck(), Quantization(4, 4))
+    integer = to_integer(student)
+    assert not any(isinstance(module, (nn.ReLU, nn.ReLU6)) for module in integer.modules())
+    unfolded = [
+        name for name, module in integer.named_modules() if isinstance(module, Codes) and module.inverse is not None
+    ]
+    assert len(unfolded) == 2  # the image, and the sum of the bottleneck and its skip
+    assert len(float_operations(integer)) == 1  # that sum
+
+
+def test_accumulator_bound_holds_for_the_worst_input() -> None:
+    student, _ = quantized(Residual(), Quantization(8, 8))
+    for _, layer, _ in integer_layers(to_integer(student)):
+        reach = torch.where(layer.codes > 0, layer.input_range.hi, layer.input_range.lo).double() * layer.codes.double()
+        worst = reach.flatten(1).sum(1) + layer.bias.double()
+        assert worst.abs().max() <= layer.accumulator_bound < 2**24
+
+
+def test_packed_size_counts_bits() -> None:
+    sizes = []
+    for bits in (2, 4, 8):
+        student, _ = quantized(Residual(), Quantization(bits, 8))
+        sizes.append(packed_bytes(to_integer(student)))
+    weights = sum(layer.codes.numel() for _, layer, _ in integer_layers(to_integer(student)))
+    assert sizes[2] - sizes[1] == weights // 2
+    assert sizes[1] - sizes[0] == weights // 4
+
+
+def test_the_same_model_quantizes_to_the_same_file() -> None:
+    files = [
+        export_trt(to_integer(quantized(Residual(), Quantization(4, 4))[0]), SHAPE).SerializeToString() for _ in "ab"
+    ]
+    assert files[0] == files[1]
+
+
+def test_simulated_students_keep_what_the_paper_keeps_in_float() -> None:
+    quantization = Quantization(4, 4, activation_granularity=ActivationGranularity.PER_SAMPLE_CHANNEL)
+    student = build_student(captured(Residual(), SHAPE), quantization)
+    names = [name for name, _ in student.named_modules() if name.startswith("fake_")]
+    assert len(names) == 4  # after each ReLU, nowhere else
+    images = torch.randn(4, *SHAPE)
+    with torch.no_grad():
+        assert torch.isfinite(student(images)).all()

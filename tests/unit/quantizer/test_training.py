@@ -1,0 +1,169 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from services.common.errors import InvalidArgumentError
+from services.quantizer.batches import Batch, ReplaySource
+from services.quantizer.calibrate import best_scale, calibrate
+from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training, WeightGranularity
+from services.quantizer.losses import generator_loss, student_loss
+from services.quantizer.student import build_student
+from services.quantizer.training import SCALE_LEARNING_RATE, Trainer
+from tests.support.models import Residual, captured
+
+torch.set_num_threads(1)
+SHAPE = (3, 8, 8)
+
+
+def batch(count: int = 24, seed: int = 0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    model = captured(Residual(), SHAPE)
+    images = torch.randn(count, *SHAPE, generator=rng)
+    with torch.no_grad():
+        logits = model(images)
+    return Batch(images, torch.randint(0, 10, (count,), generator=rng), logits)
+
+
+def student_of(quantization: Quantization) -> fx.GraphModule:
+    student = build_student(captured(Residual(), SHAPE), quantization)
+    if quantization.deployable:
+        calibrate(student, batch().images)
+    return student
+
+
+class Recorder(ReplaySource):
+    """A replay that also wants the generator's gradients and keeps them."""
+
+    wants_gradients = True
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.answers: list[tuple[Tensor, Tensor]] = []
+
+    def answer(self, iteration: int, images: Tensor, logits: Tensor) -> None:
+        self.answers.append((images, logits))
+
+
+QUANTIZATIONS = [
+    Quantization(4, 4),
+    Quantization(
+        3,
+        3,
+        activation_granularity=ActivationGranularity.PER_SAMPLE_CHANNEL,
+        weight_granularity=WeightGranularity.PER_KERNEL,
+    ),
+]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=["deployable", "simulated"])
+def test_an_iteration_equals_the_published_sequence(quantization: Quantization) -> None:
+    """One run of the student gives what two runs, one for each loss, give."""
+    training = Training(epochs=2, iterations_per_epoch=2, warmup_epochs=1, batch_size=8, learning_rate=0.01)
+    losses = GeneratorLosses()
+    student = student_of(quantization)
+    twin = copy.deepcopy(student)
+    source = Recorder(batch(), 8, 0, torch.device("cpu"))
+    trainer = Trainer(student, training, losses, source)
+    names = [name for name, _ in twin.named_parameters()]
+    parameters = dict(twin.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_()
+    weights = [parameters[n] for n in names if not n.endswith(("log_scale", "log_step"))]
+    scales = [parameters[n] for n in names if n.endswith(("log_scale", "log_step"))]
+    sgd = torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    adam = torch.optim.Adam(scales, SCALE_LEARNING_RATE) if scales else None
+    plain = ReplaySource(batch(), 8, 0, torch.device("cpu"))
+    for iteration in range(4):
+        trainer.step()
+        data = plain.next(iteration)
+        images, teacher = data.images.requires_grad_(), data.logits.clone().requires_grad_()
+        want = torch.autograd.grad(generator_loss(teacher, twin(images), data.labels, losses), (images, teacher))
+        for got, expected in zip(source.answers[-1], want, strict=True):
+            assert torch.allclose(got, expected, rtol=1e-4, atol=1e-8)
+        if iteration >= 2:
+            factor = 0.5 * (1 + math.cos(math.pi * (iteration - 2) / 2))
+            for optimizer in filter(None, (sgd, adam)):
+                optimizer.zero_grad()
+                optimizer.param_groups[0]["lr"] = factor * (0.01 if optimizer is sgd else SCALE_LEARNING_RATE)
+            student_loss(data.logits, twin(images.detach()), 20.0).backward()
+            for optimizer in filter(None, (sgd, adam)):
+                optimizer.step()
+        for name, value in student.named_parameters():
+            assert torch.allclose(value, parameters[name], rtol=1e-5, atol=1e-7), (iteration, name)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=["deployable", "simulated"])
+def test_resume_is_bit_equal(quantization: Quantization) -> None:
+    training = Training(co_train=False, epochs=2, iterations_per_epoch=5, batch_size=8, learning_rate=0.01)
+
+    def trainer() -> Trainer:
+        source = ReplaySource(batch(), 8, 3, torch.device("cpu"))
+        return Trainer(student_of(quantization), training, GeneratorLosses(), source)
+
+    whole = trainer()
+    states: dict[int, dict[str, Tensor]] = {}
+    for iteration in whole.run(lambda progress: None):
+        states[iteration] = {name: value.clone() for name, value in whole.state().items()}
+    resumed = trainer()
+    resumed.load_state(states[4], 4)
+    assert list(resumed.run(lambda progress: None)) == [5, 6, 7, 8, 9, 10]
+    final = resumed.state()
+    assert final.keys() == states[10].keys()
+    for name, value in final.items():
+        assert torch.equal(value, states[10][name]), name
+
+
+def test_training_lowers_the_loss_and_leaves_batch_norm_statistics() -> None:
+    quantization = QUANTIZATIONS[1]
+    student = student_of(quantization)
+    before = {name: value.clone() for name, value in student.named_buffers() if "running" in name}
+    assert before
+    training = Training(co_train=False, epochs=4, iterations_per_epoch=10, batch_size=12, learning_rate=0.01)
+    trainer = Trainer(student, training, GeneratorLosses(), ReplaySource(batch(), 12, 0, torch.device("cpu")))
+    losses = [float(trainer.step()[0]) for _ in range(training.iterations)]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    for name, value in student.named_buffers():
+        if name in before:
+            assert torch.equal(value, before[name])
+
+
+def test_every_image_comes_once_a_pass_and_the_order_follows_from_the_seed() -> None:
+    data = batch(24)
+    indexed = Batch(torch.arange(24.0).view(24, 1, 1, 1).expand(24, *SHAPE).contiguous(), data.labels, data.logits)
+    source = ReplaySource(indexed, 8, 5, torch.device("cpu"))
+    passes = [[int(v) for i in range(3) for v in source.next(3 * p + i).images[:, 0, 0, 0]] for p in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(24))
+    assert passes[0] != passes[1]
+    again = ReplaySource(indexed, 8, 5, torch.device("cpu"))
+    assert [int(v) for v in again.next(4).images[:, 0, 0, 0]] == passes[1][8:16]
+
+
+def test_best_scale_is_near_the_optimum_of_a_fine_search() -> None:
+    values = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0))
+    got = best_scale(values, -7, 7)
+
+    def error(scale: Tensor) -> Tensor:
+        s = scale.view(-1, 1)
+        return ((values / s).round().clamp(-7, 7) * s - values).square().mean(1)
+
+    fine = torch.stack([error(values.abs().amax(1) / 7 * r) for r in torch.linspace(0.1, 1, 400).tolist()]).amin(0)
+    assert (error(got) <= fine * 1.02).all()
+    assert best_scale(torch.zeros(2, 10), 0, 3).tolist() == [0, 0]
+
+
+def test_configuration_is_refused_with_the_field() -> None:
+    from granq.v1 import common_pb2
+
+    with pytest.raises(InvalidArgumentError) as caught:
+        Training.from_proto(common_pb2.TrainingConfig(epochs=2, warmup_epochs=2))
+    assert caught.value.field == "training.warmup_epochs"
+    with pytest.raises(InvalidArgumentError) as caught:
+        build_student(captured(Residual(), SHAPE), Quantization(4, 4, overrides={"nope": (8, 8)}))
+    assert caught.value.field == "quantization.overrides[0].layer"
+    assert "stem.0" in caught.value.message
+    again = Quantization.from_json(Quantization(4, 5, overrides={"fc": (None, 8)}).to_json())
+    assert again == Quantization(4, 5, overrides={"fc": (None, 8)})
+    assert isinstance(student_of(again), nn.Module)
