@@ -1,0 +1,57 @@
+"""How far a batch's statistics are from those that the teacher's BatchNorm layers saw in training."""
+
+from typing import Self
+
+import torch
+from torch import nn
+
+
+class BatchNormStatistics:
+    """Listens to the inputs of a teacher's BatchNorm2d layers.
+
+    A context manager: the hooks are removed at its end.
+
+    Args:
+        teacher: A network in eval mode, each of whose BatchNorm2d layers runs once in a forward pass.
+
+    Raises:
+        ValueError: The network has no BatchNorm2d.
+    """
+
+    def __init__(self, teacher: nn.Module) -> None:
+        layers = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+        if not layers:
+            raise ValueError("the teacher has no BatchNorm2d")
+        self._terms: list[torch.Tensor] = []
+        self._count = len(layers)
+        self._hooks = [layer.register_forward_pre_hook(self._listen) for layer in layers]
+
+    def _listen(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is None or layer.running_var is None:
+            raise TypeError(f"{type(layer).__name__} has no running statistics")
+        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        self._terms.append((mean - layer.running_mean).square().mean() + (var - layer.running_var).square().mean())
+
+    def take_loss(self) -> torch.Tensor:
+        """Return L_BNS of the forward pass since the last call, a scalar with gradient.
+
+        The mean over the layers of MSE(batch mean, running mean) + MSE(biased batch variance, running variance).
+
+        Raises:
+            RuntimeError: Not every layer ran exactly once since then.
+        """
+        terms, self._terms = self._terms, []
+        if len(terms) != self._count:
+            raise RuntimeError(f"{len(terms)} BatchNorm layers ran, expected {self._count}")
+        return torch.stack(terms).mean()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,80 @@
+"""The conditional generator: noise and labels in, images out (GDFQ, AdaDFQ and GranQ use the same small network)."""
+
+import math
+from typing import Final
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LATENT: Final = 100
+# With more, the product of embedding and noise says too little about the class, and BatchNorm is conditional instead.
+MAX_EMBEDDED_CLASSES: Final = 200
+# The published networks pass 0.8 as BatchNorm's second argument, which is its epsilon.
+_EPSILON: Final = 0.8
+
+
+class ConditionalBatchNorm2d(nn.Module):
+    """BatchNorm2d whose scale and shift are those of each sample's class, N×C×H×W → N×C×H×W."""
+
+    def __init__(self, channels: int, num_classes: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, eps=eps, affine=False)
+        self.scale = nn.Embedding(num_classes, channels)
+        self.shift = nn.Embedding(num_classes, channels)
+        nn.init.ones_(self.scale.weight)
+        nn.init.zeros_(self.shift.weight)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Normalize over the batch, then scale and shift by class."""
+        result: torch.Tensor = (
+            self.norm(x) * self.scale(labels)[:, :, None, None] + self.shift(labels)[:, :, None, None]
+        )
+        return result
+
+
+class _PlainBatchNorm2d(nn.BatchNorm2d):
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalize; the labels say nothing here."""
+        return super().forward(input)
+
+
+class ConditionalGenerator(nn.Module):
+    """z (N×100), y (N) → images N×C×H×W, each channel with mean 0 and variance 1 over the batch.
+
+    For H and W that are multiples of 4 the feature maps are (H/4)×(W/4), (H/2)×(W/2) and H×W, as published; for other
+    sizes the first two are rounded up. Runs in training mode always: BatchNorm uses the batch at hand.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        channels, height, width = input_shape
+        self._sizes = [(math.ceil(height / d), math.ceil(width / d)) for d in (4, 2, 1)]
+        self.conditional = num_classes > MAX_EMBEDDED_CLASSES
+
+        def norm(features: int, eps: float) -> nn.Module:
+            if self.conditional:
+                return ConditionalBatchNorm2d(features, num_classes, eps)
+            return _PlainBatchNorm2d(features, eps=eps)
+
+        self.embedding = None if self.conditional else nn.Embedding(num_classes, LATENT)
+        self.project = nn.Linear(LATENT, 128 * self._sizes[0][0] * self._sizes[0][1])
+        self.norm0 = norm(128, 1e-5)
+        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.norm1 = norm(128, _EPSILON)
+        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.norm2 = norm(64, _EPSILON)
+        self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(channels, affine=False)
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the images."""
+        if self.embedding is not None:
+            z = z * self.embedding(labels)
+        x = self.project(z).view(z.shape[0], 128, *self._sizes[0])
+        x = F.interpolate(self.norm0(x, labels), size=self._sizes[1])
+        x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2)
+        x = F.interpolate(x, size=self._sizes[2])
+        x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2)
+        images: torch.Tensor = self.norm3(torch.tanh(self.conv3(x)))
+        return images

@@ -1,0 +1,27 @@
+"""Settings of the generator."""
+
+import os
+
+from pydantic import Field
+
+from services.common.settings import ServerSettings
+
+
+def _half_of_the_cores() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // 2)
+
+
+class GeneratorSettings(ServerSettings):
+    """Settings of the generator's server."""
+
+    port: int = Field(default=50051, ge=0, le=65535, description="Port of the RPCs; 0 lets the system choose.")
+    torch_threads: int = Field(
+        default_factory=_half_of_the_cores,
+        ge=1,
+        le=1024,
+        description="CPU threads of one training. Default: half of the cores; the quantizer has the others.",
+    )
+    max_co_train_streams: int = Field(
+        default=2, ge=1, le=256, description="CoTrain streams served at once; more fail with RESOURCE_EXHAUSTED."
+    )

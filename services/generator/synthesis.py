@@ -1,0 +1,200 @@
+"""Trains the generator against a frozen teacher, one step at a time."""
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+import torch
+from torch import nn
+
+from granq.v1 import common_pb2
+from services.generator.bn_statistics import BatchNormStatistics
+from services.generator.networks import LATENT, ConditionalGenerator
+
+_BETAS: Final = (0.5, 0.999)
+
+
+@dataclass(frozen=True)
+class SynthesisParameters:
+    """What a training of the generator depends on, beside the teacher.
+
+    Attributes:
+        batch_size: Images in a batch, at least 2.
+        seed: Seed of the generator's weights and of its draws.
+        learning_rate: Of Adam.
+        beta: Weight of the classification loss.
+        gamma: Weight of L_BNS.
+    """
+
+    batch_size: int
+    seed: int = 0
+    learning_rate: float = 1e-3
+    beta: float = 1.0
+    gamma: float = 1.0
+
+    @classmethod
+    def of(cls, config: common_pb2.GeneratorConfig, batch_size: int, seed: int) -> Self:
+        """Return the parameters of a request, with the contract's defaults for what it leaves out."""
+        given = {name: getattr(config, name) for name in ("learning_rate", "beta", "gamma") if config.HasField(name)}
+        return cls(batch_size=batch_size, seed=seed, **given)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Synthetic images and what the teacher says of them, detached from the graph.
+
+    Attributes:
+        iteration: Steps that the generator had made, from 0.
+        images: float32 N×C×H×W.
+        labels: Labels that they were made for, int64 N.
+        logits: The teacher's, float32 N×K.
+        bn_loss: L_BNS of this batch, unweighted.
+    """
+
+    iteration: int
+    images: torch.Tensor
+    labels: torch.Tensor
+    logits: torch.Tensor
+    bn_loss: torch.Tensor
+
+
+@dataclass
+class _Pending:
+    """A drawn batch with its graph, and the small state from before the draw."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    logits: torch.Tensor
+    bn_loss: torch.Tensor
+    rng: torch.Tensor
+    buffers: dict[str, torch.Tensor]
+
+
+class Synthesizer:
+    """A generator in training.
+
+    Call :meth:`draw`, then :meth:`step` (gradients from outside) or :meth:`step_alone`, and so on. The same seed gives
+    the same sequence on the same machine with the same number of threads, also over :meth:`state` and :meth:`restore`.
+
+    Args:
+        teacher: A classifier in eval mode; its parameters are frozen and it is moved to the device.
+        input_shape: C×H×W of one image.
+        num_classes: Number of the teacher's logits.
+        parameters: Of the training.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        parameters: SynthesisParameters,
+        device: torch.device,
+    ) -> None:
+        self.parameters = parameters
+        self.input_shape = input_shape
+        self.iteration = 0
+        self._device = device
+        self.num_classes = num_classes
+        self._teacher = teacher.eval().requires_grad_(False).to(device)
+        self._statistics = BatchNormStatistics(self._teacher)
+        # The weights are drawn on the CPU from the seed alone, without a trace in the process's own random state.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(parameters.seed)
+            self.generator = ConditionalGenerator(input_shape, num_classes)
+        self.generator.to(device).train()
+        self._random = torch.Generator().manual_seed(parameters.seed)
+        self._optimizer = torch.optim.Adam(self.generator.parameters(), lr=parameters.learning_rate, betas=_BETAS)
+        self._pending: _Pending | None = None
+
+    def draw(self, *, train: bool = True) -> Batch:
+        """Draw noise and labels, and return the images with the teacher's logits.
+
+        Args:
+            train: Whether a step will follow; without, nothing is kept and no gradient is prepared.
+
+        Raises:
+            RuntimeError: The last batch still waits for its step.
+        """
+        if self._pending is not None:
+            raise RuntimeError("the last batch has had no step yet")
+        rng = self._random.get_state()
+        buffers = {name: buffer.clone() for name, buffer in self.generator.named_buffers()}
+        size = self.parameters.batch_size
+        z = torch.randn(size, LATENT, generator=self._random).to(self._device)
+        labels = torch.randint(self.num_classes, (size,), generator=self._random).to(self._device)
+        with torch.set_grad_enabled(train):
+            images = self.generator(z, labels)
+            logits = self._teacher(images)
+            bn_loss = self._statistics.take_loss()
+        if train:
+            self._pending = _Pending(images, labels, logits, bn_loss, rng, buffers)
+        return Batch(self.iteration, images.detach(), labels, logits.detach(), bn_loss.detach())
+
+    def step(self, images_gradient: torch.Tensor, logits_gradient: torch.Tensor) -> None:
+        """Step the generator with gradients of losses that were computed elsewhere, plus γ·L_BNS.
+
+        Args:
+            images_gradient: ∂L/∂images through whatever is not the teacher, N×C×H×W.
+            logits_gradient: ∂L/∂T, N×K.
+        """
+        batch = self._take_pending()
+        gamma = torch.tensor(self.parameters.gamma, device=self._device)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(
+            [batch.logits, batch.images, batch.bn_loss],
+            [logits_gradient.to(self._device), images_gradient.to(self._device), gamma],
+        )
+        self._optimizer.step()
+        self.iteration += 1
+
+    def step_alone(self) -> torch.Tensor:
+        """Step the generator without a student, by β·CE(T, y) + γ·L_BNS, and return the cross-entropy."""
+        batch = self._take_pending()
+        cross_entropy = nn.functional.cross_entropy(batch.logits, batch.labels)
+        self._optimizer.zero_grad(set_to_none=True)
+        (self.parameters.beta * cross_entropy + self.parameters.gamma * batch.bn_loss).backward()
+        self._optimizer.step()
+        self.iteration += 1
+        return cross_entropy.detach()
+
+    def _take_pending(self) -> _Pending:
+        if self._pending is None:
+            raise RuntimeError("there is no batch to step with")
+        pending, self._pending = self._pending, None
+        return pending
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return all that the next steps depend on, on the CPU. A drawn batch counts as not drawn yet."""
+        state = {f"generator.{name}": tensor for name, tensor in self.generator.state_dict().items()}
+        rng = self._random.get_state()
+        if self._pending is not None:
+            rng = self._pending.rng
+            state |= {f"generator.{name}": tensor for name, tensor in self._pending.buffers.items()}
+        for index, slots in self._optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
+        state["random"] = rng
+        state["iteration"] = torch.tensor(self.iteration)
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what :meth:`state` returned.
+
+        Raises:
+            ValueError: The state is not of such a generator.
+        """
+        weights = {k.removeprefix("generator."): v for k, v in state.items() if k.startswith("generator.")}
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        try:
+            for name, tensor in state.items():
+                if name.startswith("optimizer."):
+                    _, index, slot = name.split(".")
+                    slots.setdefault(int(index), {})[slot] = tensor
+            self.generator.load_state_dict(weights)
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            self._random.set_state(state["random"])
+            self.iteration = int(state["iteration"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError("the state is not of this generator") from error
+        self._pending = None
