@@ -1,0 +1,1 @@
+"""The quantizer: quantization-aware training without data, and export."""

@@ -1,4 +1,4 @@
-"""Where training images come from: a synthetic set made once (replay), or a generator that learns along (co-training)."""
+"""Where training images come from: a set made once (replay), or a generator that learns along (co-training)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from services.common.errors import InvalidArgumentError
+from services.common.synthetic import held_out
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SyntheticSet:
 
 
 def read_synthetic_set(path: Path, input_shape: tuple[int, int, int], num_classes: int) -> SyntheticSet:
-    """Read a set that the generator's Synthesize wrote (safetensors; metadata "held_out" counts the last images).
+    """Read a set that the generator's Synthesize wrote (safetensors).
 
     Raises:
         InvalidArgumentError: not such a file, or made for another model.
@@ -55,7 +56,6 @@ def read_synthetic_set(path: Path, input_shape: tuple[int, int, int], num_classe
     field = "synthetic_set"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             images, labels, logits = (file.get_tensor(name) for name in ("images", "labels", "logits"))
     except SafetensorError as error:
         raise InvalidArgumentError(
@@ -73,12 +73,11 @@ def read_synthetic_set(path: Path, input_shape: tuple[int, int, int], num_classe
         )
     if not (torch.isfinite(images).all() and torch.isfinite(logits).all()):
         raise InvalidArgumentError("the synthetic set holds NaN or infinity", reason="SYNTHETIC_SET_NAN", field=field)
-    held = min(int(metadata.get("held_out", "0")), count - 1)
-    if count < 2 or held < 1:
+    if count < 2:
         raise InvalidArgumentError(
-            "the synthetic set has no held-out images; make it with at least 2 images", reason="SET_SMALL", field=field
+            "the synthetic set has no image to hold out; make it with at least 2", reason="SET_SMALL", field=field
         )
-    cut = count - held
+    cut = count - held_out(count)
     return SyntheticSet(
         Batch(images[:cut].float(), labels[:cut].long(), logits[:cut].float()),
         Batch(images[cut:].float(), labels[cut:].long(), logits[cut:].float()),

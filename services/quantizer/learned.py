@@ -92,7 +92,7 @@ class _RoundThrough(torch.autograd.Function):
 
 
 class ActivationQuantizer(nn.Module):
-    """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape and dtype; one learned scale a channel.
+    """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape; one learned scale per channel.
 
     ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
     or below ceiling/hi, so that clipping the codes also does the clipping of the activation.
