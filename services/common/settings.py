@@ -29,6 +29,10 @@ class ServerSettings(BaseSettings):
     cache_dir: Path | None = Field(
         default=None, description="Local copies of remote artifacts. Default: granq in the user's cache folder."
     )
+    ready_file: Path | None = Field(
+        default=None,
+        description='JSON file {"port", "metrics_port", "pid"} with the bound ports, written once the server serves.',
+    )
     log_format: Literal["console", "json"] = Field(default="console", description="For people or for programs.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
     max_running_jobs: int = Field(default=1, ge=1, le=1024, description="Jobs that run at once; more are queued.")
