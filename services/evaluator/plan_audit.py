@@ -4,12 +4,14 @@ A plan holds descriptions of its tensors in plain text. The format is not docume
 many layers are INT8, these are not, or the plan cannot be read. What it looks for was found by building graphs of which
 the answer was known:
 
-* A layer that runs in INT8 has its weight as an INT8 constant: dimensions as in the graph, the input channels of a
-  group padded to a multiple of 4 or more; a matrix may be transposed.
+* A layer that runs in INT8 has its weight as an INT8 constant: dimensions as in the graph, the
+  channels possibly padded (those of a group to a multiple of 4, the sides of a matrix to an even number); a matrix may
+  be transposed.
 * A layer that fell back to float has a float constant, or an INT8 constant and, beside it, a float buffer of exactly
   the weight's dimensions, into which it is expanded at run time.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,8 +64,9 @@ def audit_plan(plan: bytes, layers: Sequence[Layer], fixed_batch: int | None) ->
     # Exact fits first, so that a padded fit does not take the constant of another layer.
     for fits in (_equal, _padded):
         for layer in list(unplaced):
-            found = next((c for c in constants if fits(layer.weight_shape, c)), None)
-            if found is not None:
+            fitting = [c for c in constants if fits(layer.weight_shape, c)]
+            if fitting:
+                found = min(fitting, key=math.prod)
                 constants.remove(found)
                 unplaced.remove(layer)
                 placed.append(layer)
@@ -104,12 +107,12 @@ def _padded(weight: Shape, shape: Shape) -> bool:
         return len(weight) == 2 and len(shape) == 4 and shape[2:] == (1, 1) and _padded(weight, shape[:2])
     if len(weight) == 2:
         return _pads(weight, shape) or _pads(weight[::-1], shape)
-    return weight[0] == shape[0] and weight[2:] == shape[2:] and _pads(weight[1:2], shape[1:2])
+    return weight[2:] == shape[2:] and _pads(weight[:2], shape[:2])
 
 
 def _pads(lengths: Shape, padded: Shape) -> bool:
-    """Return whether each length is equal or rounded up to the next multiple of 4 to 32."""
+    """Return whether each length is equal, or rounded up to an even number no further than to a multiple of 32."""
     return all(
-        b == a or (b > a and b % 4 == 0 and b <= -(-a // _LARGEST_PADDING) * _LARGEST_PADDING)
+        b == a or (b > a and b % 2 == 0 and b <= -(-a // _LARGEST_PADDING) * _LARGEST_PADDING)
         for a, b in zip(lengths, padded, strict=True)
     )

@@ -69,7 +69,8 @@ class SyntheticSet:
         with safe_open(self._path, framework="numpy") as file:
             images, logits = file.get_slice("images"), file.get_slice("logits")
             for start in range(0, len(self), count):
-                pair = images[start : start + count], logits[start : start + count]
+                end = min(start + count, len(self))
+                pair = images[start:end], logits[start:end]
                 if not all(np.isfinite(part).all() for part in pair):
                     raise InvalidArgumentError("images and logits must be finite numbers", field=FIELD)
                 yield pair
