@@ -1,0 +1,148 @@
+"""Entry of a job's process: `python -m services.common.jobs.child SERVER_PID`, frames on standard input and output.
+
+What a job needs (torch) is imported by the job's own module; this one stays light.
+"""
+
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, BinaryIO
+
+from prometheus_client import REGISTRY
+
+from granq.v1 import jobs_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.errors import CancelledError, InternalError, to_failure
+from services.common.jobs import wire
+from services.common.jobs.context import JobContext
+from services.common.jobs.wire import BytesFrame, Frame, StartFrame
+from services.common.logs import configure_logging, get_logger
+from services.common.settings import ServerSettings
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its server ends, however that ends.
+
+    SIGKILL, because it also ends a stopped process and one that is deep in native code.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        # It ended before the call above.
+        os._exit(1)
+
+
+def resolve(path: str) -> Any:
+    """Return the object that a dotted path such as "package.module:name" names."""
+    module, _, name = path.partition(":")
+    target: Any = importlib.import_module(module)
+    for part in name.split("."):
+        target = getattr(target, part)
+    return target
+
+
+class Outlet:
+    """Sends frames to the server."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._told = BytesFrame()
+
+    def send(self, kind: Frame, payload: bytes) -> None:
+        """Send one frame, and before it the traffic with the store since the last one."""
+        with self._lock:
+            total = BytesFrame(write=_traffic("write"), read=_traffic("read"))
+            if total != self._told:
+                since = BytesFrame(write=total.write - self._told.write, read=total.read - self._told.read)
+                self._stream.write(wire.encode(Frame.BYTES, since.model_dump_json().encode()))
+                self._told = total
+            self._stream.write(wire.encode(kind, payload))
+            self._stream.flush()
+
+
+def _traffic(direction: str) -> float:
+    return REGISTRY.get_sample_value("granq_artifact_bytes_total", {"direction": direction}) or 0.0
+
+
+def listen(inlet: BinaryIO, cancelled: threading.Event) -> None:
+    """Take the server's frames until it is gone, which ends this process."""
+    while (frame := wire.read(inlet)) is not None:
+        if frame[0] is Frame.CANCEL:
+            cancelled.set()
+    os._exit(1)
+
+
+def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.Event) -> None:
+    """Run the job function and send how it ended."""
+    log = get_logger("services.common.jobs")
+    try:
+        settings_class: type[ServerSettings] = resolve(start.settings)
+        settings = settings_class.model_validate_json(start.settings_json)
+        fields = {"job_id": start.job_id, "pipeline_id": start.pipeline_id, "job_kind": start.kind}
+        configure_logging(settings.log_format, settings.log_level, fields)
+        context = JobContext(
+            start.job_id,
+            start.pipeline_id,
+            ArtifactStore(settings.artifact_url, settings.cache_dir),
+            settings,
+            log.bind(job_id=start.job_id, pipeline_id=start.pipeline_id),
+            lambda progress: outlet.send(Frame.PROGRESS, progress.SerializeToString()),
+            cancelled,
+        )
+        message = resolve(start.request).FromString(request)
+        function: Callable[[Any, JobContext], object] = resolve(start.function)
+        context.check_cancelled()
+        result = function(message, context)
+        if not isinstance(result, jobs_pb2.JobResult):
+            raise InternalError(f"{start.function} returned {type(result).__name__}, not a JobResult")
+        context.flush()
+    except CancelledError:
+        log.info("job stopped on request")
+        outlet.send(Frame.FAILURE, to_failure(CancelledError("the job was asked to stop")).SerializeToString())
+    except BaseException as error:  # Whatever ended the job, SystemExit too, the server must hear of it.
+        log.exception("job failed")
+        outlet.send(Frame.FAILURE, to_failure(error).SerializeToString())
+    else:
+        outlet.send(Frame.RESULT, result.SerializeToString())
+
+
+def main() -> None:
+    """Run one job and end."""
+    die_with_parent(int(sys.argv[1]))
+    # The server alone decides when a job ends, so Ctrl-C at the terminal is not for this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cancelled = threading.Event()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        cancelled.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    inlet = os.fdopen(os.dup(0), "rb")
+    outlet = Outlet(os.fdopen(os.dup(1), "wb"))
+    # What libraries print goes to the log, not between the frames, and what they read is empty.
+    os.dup2(2, 1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+    first, second = wire.read(inlet), wire.read(inlet)
+    if first is None or second is None:
+        os._exit(1)
+    threading.Thread(target=listen, args=(inlet, cancelled), daemon=True, name="server").start()
+    run(StartFrame.model_validate_json(first[1]), second[1], outlet, cancelled)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # The job has told its end; threads that it left behind must not hold the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
