@@ -127,13 +127,14 @@ def _display(screen: "Console", quiet: bool) -> Iterator[Display]:
     if quiet:
         yield _Silence()
     elif screen.is_terminal:
-        with _bars(screen) as progress:
+        with bars(screen) as progress:
             yield LiveDisplay(progress)
     else:
         yield PlainDisplay(screen)
 
 
-def _bars(screen: "Console") -> Progress:
+def bars(screen: "Console") -> Progress:
+    """Return the widget that :class:`LiveDisplay` draws on."""
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(bar_width=24),
