@@ -84,7 +84,7 @@ class Watch:
                 yield event
         finally:
             # No effect on a stream that has ended; frees one that the caller left early.
-            call.cancel()  # type: ignore[no-untyped-call]
+            call.cancel()
 
     def _ended(self) -> bool:
         """Tell a stream that is complete from one that a stopping server closed politely.
