@@ -5,8 +5,9 @@ from importlib.resources import files
 
 import grpc
 
-# Servers refuse pings more often than every five minutes unless they were told otherwise.
-KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 330_000, 20_000
+# A watch may be silent for minutes; pings tell a quiet server from one that is gone. The project's servers allow them
+# this often; a proxy that does not makes gRPC ping less and the watch connect again.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
