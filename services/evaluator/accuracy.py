@@ -85,4 +85,5 @@ class AccuracyMeter:
 
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted: NDArray[np.float64] = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

@@ -48,10 +48,10 @@ def evaluate_graphs(request: evaluator_pb2.StartEvaluateRequest, context: JobCon
     else:
         data = open_dataset(request.dataset, settings.dataset_root, context.store)
     models = {field: _load(field, request, context) for field in FORMS if request.HasField(field)}
-    graph = models["onnx_float"].graph
-    data.require(graph.input_shape, graph.num_classes)
+    first = models["onnx_float"]
+    data.require(first.input_shape, first.num_classes)
     for field, model in models.items():
-        if (model.graph.input_shape, model.graph.num_classes) != (graph.input_shape, graph.num_classes):
+        if (model.input_shape, model.num_classes) != (first.input_shape, first.num_classes):
             raise InvalidArgumentError(f"{field} has another input or other classes than onnx_float", field=field)
     meters = {field: AccuracyMeter() for field in models}
     sample: NDArray[np.float32] | None = None

@@ -56,7 +56,8 @@ class OnnxModel:
         field: Request field that named the graph, for errors.
 
     Attributes:
-        graph: The graph.
+        input_shape: Channels, height and width of an image.
+        num_classes: Number of logits.
         kernels: Counts from the optimized graph; None for forms other than ONNX_ORT.
 
     Raises:
@@ -64,7 +65,10 @@ class OnnxModel:
     """
 
     def __init__(self, graph: Graph, form: reports_pb2.MeasuredForm, threads: int, field: str) -> None:
-        self.graph = graph
+        # The parsed graph itself is not kept: its weights are in the session now, and may be hundreds of megabytes.
+        self.input_shape = graph.input_shape
+        self.num_classes = graph.num_classes
+        self._input, self._output = graph.input_name, graph.output_name
         self.kernels: KernelCounts | None = None
         self._field = field
         options = onnxruntime.SessionOptions()
@@ -97,7 +101,7 @@ class OnnxModel:
             ResourceExhaustedError: There is no memory for this batch.
         """
         try:
-            (logits,) = self._session.run([self.graph.output_name], {self.graph.input_name: images})
+            (logits,) = self._session.run([self._output], {self._input: images})
         except Exception as error:
             raise self._error("run", error) from error
         result = np.asarray(logits, np.float32)

@@ -4,9 +4,9 @@ A plan holds descriptions of its tensors in plain text. The format is not docume
 many layers are INT8, these are not, or the plan cannot be read. What it looks for was found by building graphs of which
 the answer was known:
 
-* A layer that runs in INT8 has its weight as an INT8 constant: dimensions as in the graph, the
-  channels possibly padded (those of a group to a multiple of 4, the sides of a matrix to an even number); a matrix may
-  be transposed.
+* A layer that runs in INT8 has its weight as an INT8 constant: dimensions as in the graph, the channels
+  possibly padded (those of a group to a multiple of 4, the sides of a matrix to an even number); a matrix may be
+  transposed.
 * A layer that fell back to float has a float constant, or an INT8 constant and, beside it, a float buffer of exactly
   the weight's dimensions, into which it is expanded at run time.
 """
@@ -72,9 +72,9 @@ def audit_plan(plan: bytes, layers: Sequence[Layer], fixed_batch: int | None) ->
                 placed.append(layer)
     floats = list(unplaced)
     for layer in sorted(placed, key=lambda layer: not layer.per_channel_activation):
-        found = next((e for e in expanded if _equal(layer.weight_shape, e)), None)
-        if found is not None:
-            expanded.remove(found)
+        buffers = [e for e in expanded if _equal(layer.weight_shape, e)]
+        if buffers:
+            expanded.remove(buffers[0])
             floats.append(layer)
     return PlanAudit(len(layers) - len(floats), len(layers), tuple(layer for layer in layers if layer in floats))
 
