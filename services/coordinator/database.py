@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
-from services.common.errors import FailedPreconditionError, InvalidArgumentError
+from services.common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from services.coordinator.tables import SCHEMA_VERSION, Base, SchemaRow
 
 _BUSY_SECONDS = 30
@@ -47,26 +47,37 @@ def sqlite_path(url: URL) -> Path | None:
     return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
 
 
-def open_database(url: URL) -> Engine:
-    """Connect to the database and create the tables that are missing.
+def database_engine(url: URL) -> Engine:
+    """Return access to the database; nothing is connected yet.
 
     SQLite runs in write-ahead mode, so that readers never wait for the writer, and takes its write lock at the begin of
     a writing transaction, so that read-then-write never fails half-way. Committed rows outlive a power loss.
-
-    Raises:
-        FailedPreconditionError: The tables were written by another version of the coordinator.
     """
-    path = sqlite_path(url)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if sqlite_path(url) is not None:
         engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
-    else:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=8, connect_args={"connect_timeout": 10})
-    Base.metadata.create_all(engine)
-    _check_version(engine)
-    return engine
+        return engine
+    return create_engine(url, pool_pre_ping=True, pool_size=8, connect_args={"connect_timeout": 10})
+
+
+def prepare_database(engine: Engine) -> None:
+    """Create the tables that are missing.
+
+    Raises:
+        UnavailableError: The database cannot be reached or written.
+        FailedPreconditionError: The tables were written by another version of the coordinator.
+    """
+    path = sqlite_path(engine.url)
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        Base.metadata.create_all(engine)
+        _check_version(engine)
+    except (DBAPIError, OSError) as error:
+        raise UnavailableError(
+            f"the database {engine.url.render_as_string()} cannot be used: {error}", reason="DATABASE_UNAVAILABLE"
+        ) from error
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

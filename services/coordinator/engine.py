@@ -12,7 +12,9 @@ pipeline driven by a new one, of any code version, without losing a stage. JSON 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID, StepOptions
@@ -93,8 +95,14 @@ class WorkflowEngine:
         Must be called on the event loop that is to run the workflows, and blocks it for a moment.
         """
         DBOS(config=self._config)
-        # Recovery attempts are not limited: a coordinator may be restarted often while a job trains for days.
-        self._workflow = DBOS.workflow(name="pipeline", max_recovery_attempts=None)(self._drive)
+
+        # A function, because DBOS cannot decorate a method. Recovery attempts are not limited: a coordinator may be
+        # restarted often while a job trains for days.
+        @DBOS.workflow(name="pipeline", max_recovery_attempts=None)
+        async def pipeline(pipeline_id: str, attempt: int) -> str:
+            return await self._drive(pipeline_id, attempt)
+
+        self._workflow = pipeline
         DBOS.launch()
 
     async def _drive(self, pipeline_id: str, attempt: int) -> str:
@@ -152,5 +160,8 @@ class WorkflowEngine:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        # In a thread, because it joins threads that may be waiting for this loop.
-        await asyncio.to_thread(DBOS.destroy, destroy_registry=True)
+        # In a thread, because it joins threads that may be waiting for this loop; and with a pool of its own, because
+        # DBOS put its pool, which ends here, in the place of the loop's default one.
+        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(thread_name_prefix="default")
+        await loop.run_in_executor(pool, partial(DBOS.destroy, destroy_registry=True))
+        loop.set_default_executor(pool)

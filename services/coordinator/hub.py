@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from granq.v1 import coordinator_pb2
-from services.common.errors import NotFoundError
+from services.common.errors import NotFoundError, UnavailableError
 from services.common.logs import get_logger
 from services.coordinator.repository import Repository
 from services.coordinator.threads import Threads
@@ -37,10 +37,6 @@ class _Feed:
         self.moved = asyncio.Condition()
         self.refresh = asyncio.Lock()
 
-    def has_news(self, after: int) -> bool:
-        """Return whether a watcher that saw events up to a number has something to do."""
-        return self.gone or self.last > after or self.state in ENDED
-
 
 class EventHub:
     """Streams of pipeline events.
@@ -59,6 +55,7 @@ class EventHub:
         self._poller: asyncio.Task[None] | None = None
         self._refreshes: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
+        self._closing = False
 
     def changed(self, pipeline_id: str) -> None:
         """Wake the watchers of a pipeline; may be called from any thread."""
@@ -87,7 +84,9 @@ class EventHub:
             self._ensure_poller()
             while True:
                 async with feed.moved:
-                    await feed.moved.wait_for(partial(feed.has_news, after))
+                    await feed.moved.wait_for(partial(self._has_news, feed, after))
+                    if self._closing:
+                        raise UnavailableError("the coordinator is about to end; watch again", reason="SERVER_STOPPING")
                     if feed.gone:
                         raise NotFoundError(f"there is no pipeline {pipeline_id!r}", field="pipeline_id")
                     last, ended = feed.last, feed.state in ENDED
@@ -104,6 +103,9 @@ class EventHub:
             feed.watchers -= 1
             if feed.watchers == 0 and self._feeds.get(pipeline_id) is feed:
                 del self._feeds[pipeline_id]
+
+    def _has_news(self, feed: _Feed, after: int) -> bool:
+        return self._closing or feed.gone or feed.last > after or feed.state in ENDED
 
     async def _refresh(self, pipeline_id: str, feed: _Feed) -> None:
         async with feed.refresh:
@@ -138,7 +140,11 @@ class EventHub:
                     self._wake(pipeline_id)
 
     async def close(self) -> None:
-        """Stop looking for changes."""
+        """End all watches with UnavailableError, and stop looking for changes."""
+        self._closing = True
+        for feed in list(self._feeds.values()):
+            async with feed.moved:
+                feed.moved.notify_all()
         tasks = [*self._refreshes, *([self._poller] if self._poller is not None else [])]
         for task in tasks:
             task.cancel()

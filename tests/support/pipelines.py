@@ -7,7 +7,7 @@ from sqlalchemy import Engine
 
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2, jobs_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
-from services.coordinator.database import open_database, parse_url
+from services.coordinator.database import database_engine, parse_url, prepare_database
 from services.coordinator.repository import Repository
 from services.coordinator.transitions import Transitions
 
@@ -75,7 +75,8 @@ class Database:
 
     def __init__(self, url: str, changed: Callable[[str], None] = lambda _pipeline_id: None) -> None:
         self.url = parse_url(url)
-        self.engine: Engine = open_database(self.url)
+        self.engine: Engine = database_engine(self.url)
+        prepare_database(self.engine)
         self.repository = Repository(self.engine)
         self.transitions = Transitions(self.engine, changed)
 

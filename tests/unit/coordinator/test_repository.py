@@ -11,8 +11,9 @@ from services.common.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    UnavailableError,
 )
-from services.coordinator.database import open_database, parse_url
+from services.coordinator.database import database_engine, parse_url, prepare_database
 from services.coordinator.repository import Position
 from services.coordinator.transitions import State
 from tests.support.pipelines import ME, Database, spec, sqlite_url
@@ -90,10 +91,16 @@ def test_databases_that_cannot_serve_are_refused(url: str) -> None:
 
 
 def test_tables_of_another_version_are_refused(tmp_path: Path) -> None:
-    url = parse_url(sqlite_url(tmp_path))
-    engine = open_database(url)
+    engine = database_engine(parse_url(sqlite_url(tmp_path)))
+    prepare_database(engine)
     with engine.begin() as connection:
         connection.execute(text("UPDATE coordinator_schema SET version = 99"))
-    engine.dispose()
     with pytest.raises(FailedPreconditionError, match="99"):
-        open_database(url)
+        prepare_database(engine)
+    engine.dispose()
+
+
+def test_a_database_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError, match="file/x"):
+        prepare_database(database_engine(parse_url(f"sqlite:///{tmp_path}/file/x")))

@@ -1,0 +1,137 @@
+"""Client of one worker (generator, quantizer or evaluator): starts jobs there and follows them."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from granq.v1 import (
+    evaluator_pb2,
+    evaluator_pb2_grpc,
+    generator_pb2,
+    generator_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
+    quantizer_pb2,
+    quantizer_pb2_grpc,
+)
+from services.common.errors import UnavailableError
+from services.common.rpc.status import status_to_error
+
+_OPTIONS = (
+    # A dead peer is noticed within half a minute, also while nothing is sent. Servers must permit this rate.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Callers retry by themselves; the channel must not wait minutes before it connects again.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    # Its own connection: a broken one must not be shared with another client of this process.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+# Not the server's verdict on the call, but a connection that broke or was too slow.
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+_STARTS: dict[type[Message], Callable[[grpc.aio.Channel], Callable[..., Any]]] = {
+    generator_pb2.StartSynthesizeRequest: lambda channel: (
+        generator_pb2_grpc.GeneratorServiceStub(channel).StartSynthesize
+    ),
+    quantizer_pb2.StartInspectRequest: lambda channel: quantizer_pb2_grpc.QuantizerServiceStub(channel).StartInspect,
+    quantizer_pb2.StartQuantizeRequest: lambda channel: quantizer_pb2_grpc.QuantizerServiceStub(channel).StartQuantize,
+    quantizer_pb2.StartSimulateRequest: lambda channel: quantizer_pb2_grpc.QuantizerServiceStub(channel).StartSimulate,
+    quantizer_pb2.StartExportRequest: lambda channel: quantizer_pb2_grpc.QuantizerServiceStub(channel).StartExport,
+    evaluator_pb2.StartEvaluateRequest: lambda channel: evaluator_pb2_grpc.EvaluatorServiceStub(channel).StartEvaluate,
+    evaluator_pb2.StartBuildEngineRequest: lambda channel: (
+        evaluator_pb2_grpc.EvaluatorServiceStub(channel).StartBuildEngine
+    ),
+}
+
+
+class WorkerClient:
+    """Connection to one worker. Connects by itself, and again after the worker was away.
+
+    Every call raises the `GranqError` that the worker answered with, and `UnavailableError` when it cannot be reached or
+    is too slow.
+
+    Args:
+        name: What the worker is called in messages.
+        address: Its host:port.
+        max_message_bytes: Largest message, received or sent.
+        timeout_seconds: Deadline of short calls.
+        watch_timeout_seconds: Deadline of one stream of events.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        *,
+        max_message_bytes: int,
+        timeout_seconds: float,
+        watch_timeout_seconds: float,
+    ) -> None:
+        self._name = name
+        self._address = address
+        self._timeout = timeout_seconds
+        self._watch_timeout = watch_timeout_seconds
+        limits = (
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+        )
+        self._channel = grpc.aio.insecure_channel(address, options=[*_OPTIONS, *limits])
+        self._jobs = jobs_pb2_grpc.JobServiceAsyncStub(self._channel)
+
+    async def start(self, request: Message) -> jobs_pb2.Job:
+        """Send a Start… request and return the job."""
+        call = _STARTS[type(request)](self._channel)
+        try:
+            response = await call(request, timeout=self._timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._as_error(error) from error
+        job: jobs_pb2.Job = response.job
+        return job
+
+    async def get(self, job_id: str) -> jobs_pb2.Job:
+        """Return a job as it is now."""
+        try:
+            response = await self._jobs.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), timeout=self._timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._as_error(error) from error
+        return response.job
+
+    async def watch(self, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        """Yield a job's events behind a number of a run; ends with the job, or before it when the time is up."""
+        request = jobs_pb2.WatchJobRequest(job_id=job_id, after_sequence=sequence, run_id=run_id)
+        call = self._jobs.WatchJob(request, timeout=self._watch_timeout)
+        try:
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                return  # a long job; the caller looks at it and watches on
+            raise self._as_error(error) from error
+        finally:
+            call.cancel()
+
+    async def cancel(self, job_id: str, timeout_seconds: float) -> jobs_pb2.Job:
+        """Ask a job to end and return it as it is then."""
+        request = jobs_pb2.CancelJobRequest(job_id=job_id)
+        try:
+            response = await self._jobs.CancelJob(request, timeout=min(timeout_seconds, self._timeout))
+        except grpc.aio.AioRpcError as error:
+            raise self._as_error(error) from error
+        return response.job
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close(None)
+
+    def _as_error(self, error: grpc.aio.AioRpcError) -> Exception:
+        if error.code() in _BROKEN:
+            return UnavailableError(
+                f"the {self._name} at {self._address} does not answer: {error.details() or error.code().name}",
+                reason="WORKER_UNAVAILABLE",
+            )
+        return status_to_error(error)

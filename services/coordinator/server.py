@@ -1,0 +1,170 @@
+"""Assembly of the coordinator: database, workflow engine, workers and servicers in one server."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+from granq.v1 import artifacts_pb2_grpc, coordinator_pb2_grpc, jobs_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.rpc import GrpcServer
+from services.common.rpc.worker_client import WorkerClient
+from services.coordinator.bundle import build_report
+from services.coordinator.database import database_engine, parse_url, prepare_database
+from services.coordinator.driver import PipelineDriver
+from services.coordinator.engine import WorkflowEngine
+from services.coordinator.hub import EventHub
+from services.coordinator.locks import ExecutorLocks
+from services.coordinator.manager import PipelineManager
+from services.coordinator.metrics import PipelineCollector
+from services.coordinator.repository import Repository
+from services.coordinator.requests import STAGES, JobCall
+from services.coordinator.runner import Patience
+from services.coordinator.servicer import ArtifactServicer, PipelineServicer
+from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.sweeper import Sweeper
+from services.coordinator.threads import Threads
+from services.coordinator.transfer import ArtifactTransfer
+from services.coordinator.transitions import Transitions
+
+_DATABASE_THREADS = 8
+_STORE_THREADS = 8
+
+
+class GrpcWorkers:
+    """The workers, reached by gRPC at the configured addresses."""
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        addresses = {
+            "generator": settings.generator_address,
+            "quantizer": settings.quantizer_address,
+            "evaluator": settings.evaluator_address,
+        }
+        self._clients = {
+            name: WorkerClient(
+                name,
+                address,
+                max_message_bytes=settings.max_message_bytes,
+                timeout_seconds=settings.rpc_timeout_seconds,
+                watch_timeout_seconds=settings.watch_timeout_seconds,
+            )
+            for name, address in addresses.items()
+        }
+
+    async def start(self, call: JobCall) -> jobs_pb2.Job:
+        """Start a job, attach to the one that runs, or resume one that failed."""
+        return await self._clients[call.worker].start(call.request)
+
+    async def get(self, worker: str, job_id: str) -> jobs_pb2.Job:
+        """Return a job as it is now."""
+        return await self._clients[worker].get(job_id)
+
+    def watch(self, worker: str, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        """Yield a job's events behind a number of a run."""
+        return self._clients[worker].watch(job_id, run_id, sequence)
+
+    async def cancel(self, worker: str, job_id: str, timeout_seconds: float) -> jobs_pb2.Job:
+        """Ask a job to end."""
+        return await self._clients[worker].cancel(job_id, timeout_seconds)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for client in self._clients.values():
+            await client.close()
+
+
+class CoordinatorServer(GrpcServer):
+    """The coordinator's server. At most one may run in a process: the workflow engine is a singleton.
+
+    Args:
+        settings: The coordinator's settings.
+    """
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        super().__init__("coordinator", settings)
+        self._configured = settings
+        url = parse_url(settings.database_url)
+        self._engine = database_engine(url)
+        self._locks = ExecutorLocks(url)
+        self._threads = Threads(_DATABASE_THREADS, "database")
+        self._store_threads = Threads(_STORE_THREADS, "artifacts")
+        self._workers = GrpcWorkers(settings)
+        self._repository = Repository(self._engine)
+        self._hub = EventHub(self._repository, self._threads)
+        self._transitions = Transitions(self._engine, self._hub.changed)
+        store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+        driver = PipelineDriver(
+            repository=self._repository,
+            transitions=self._transitions,
+            threads=self._threads,
+            workers=self._workers,
+            build_report=partial(build_report, store),
+            report_threads=self._store_threads,
+            patience=Patience(settings.unavailable_seconds, settings.max_crashes),
+        )
+        self._workflows = WorkflowEngine(
+            url=url,
+            executor_id=settings.executor_id,
+            application_version=settings.application_version,
+            steps=STAGES,
+            run_step=driver.run_stage,
+            max_running=settings.max_running_pipelines,
+        )
+        self._manager = PipelineManager(
+            repository=self._repository,
+            transitions=self._transitions,
+            hub=self._hub,
+            threads=self._threads,
+            engine=self._workflows,
+            workers=self._workers,
+            store=store,
+            executor_id=settings.executor_id,
+            cancel_seconds=settings.cancel_seconds,
+        )
+        transfer = ArtifactTransfer(store, self._store_threads, settings.max_artifact_bytes)
+        self.add(coordinator_pb2_grpc.add_PipelineServiceServicer_to_server, PipelineServicer(self._manager))
+        self.add(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(transfer))
+        self.manage(self._resources_in_order())
+
+    @asynccontextmanager
+    async def _resources_in_order(self) -> AsyncIterator[None]:
+        settings = self._configured
+        async with AsyncExitStack() as stack:
+            stack.callback(self._engine.dispose)
+            stack.callback(self._store_threads.close)
+            stack.callback(self._threads.close)
+            stack.push_async_callback(self._workers.close)
+            await self._threads.call(prepare_database, self._engine)
+            # Before anything is recovered: two processes with one executor id would run each workflow twice.
+            stack.enter_context(await self._threads.call(self._locks.hold, settings.executor_id))
+            stack.push_async_callback(self._hub.close)
+            stack.push_async_callback(self._workflows.close)
+            self._workflows.launch()
+            stack.push_async_callback(self._manager.close)
+            sweeper = Sweeper(
+                repository=self._repository,
+                transitions=self._transitions,
+                threads=self._threads,
+                engine=self._workflows,
+                locks=self._locks,
+                executor_id=settings.executor_id,
+                application_version=settings.application_version,
+                finish_cancel=self._manager.finish_cancel,
+                end_stray_jobs=self._manager.end_stray_jobs,
+                interval_seconds=settings.sweep_seconds,
+            )
+            stack.push_async_callback(sweeper.close)
+            await sweeper.start()
+            collector = PipelineCollector(self._repository.counts)
+            collector.register()
+            stack.callback(collector.unregister)
+            yield
+
+    async def stop(self, grace: float | None = None) -> None:
+        """End watches, which would use up the whole grace, then all else; pipelines go on at the next start."""
+        await self._hub.close()
+        await super().stop(grace)
+
+
+def create_server(settings: CoordinatorSettings) -> CoordinatorServer:
+    """Assemble a coordinator; call it on the event loop that is to serve."""
+    return CoordinatorServer(settings)

@@ -1,0 +1,77 @@
+"""Report and bundle: complete, readable, the same bytes every time, safe against what users write."""
+
+import json
+import zipfile
+
+import pytest
+from google.protobuf.json_format import ParseDict
+
+from granq.v1 import common_pb2, coordinator_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.errors import NotFoundError
+from services.coordinator.bundle import build_report
+from services.coordinator.report import report_markdown
+from tests.support.pipelines import artifact, results, spec
+
+
+@pytest.fixture
+def pipeline(store: ArtifactStore) -> coordinator_pb2.Pipeline:
+    made = coordinator_pb2.Pipeline(pipeline_id="p-1", spec=spec(), results=results(store))
+    made.spec.dataset.CopyFrom(common_pb2.Dataset(path="fashion", format=common_pb2.DATASET_FORMAT_IDX))
+    made.create_time.FromSeconds(1_790_000_000)
+    return made
+
+
+def test_the_bundle_holds_every_file_with_its_bytes(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
+    part = build_report(store, pipeline)
+    assert (part.bundle.name, part.bundle.media_type) == ("p-1.zip", "application/zip")
+    with zipfile.ZipFile(store.local_path(part.bundle.digest)) as bundle:
+        assert bundle.testzip() is None
+        content = {name: bundle.read(name) for name in bundle.namelist()}
+    assert content.pop("report.json") == store.read_bytes(part.report.digest)
+    markdown = content.pop("report.md").decode()
+    assert content == {
+        "model_quantized.safetensors": b"quantized",
+        "model_trt.onnx": b"trt" * 1000,
+        "model_ort.onnx": b"ort",
+        "model_float.onnx": b"float",
+        "engines/1_tensorrt_rtx.engine": b"engine",
+        "engines/1_tensorrt_rtx.json": b"{}",
+    }
+    assert "| Float model | 93.84 |" in markdown
+    assert "not built: install tensorrt \\| now" in markdown
+    assert "`model_trt.onnx` | 3,000 |" in markdown
+    assert "BatchNorm loss 1.5" in markdown
+
+
+def test_the_same_pipeline_gives_the_same_artifacts(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
+    assert build_report(store, pipeline) == build_report(store, pipeline)
+
+
+def test_the_json_report_reads_back_as_messages(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
+    report = json.loads(store.read_bytes(build_report(store, pipeline).report.digest))
+    assert (report["format"], report["version"], report["pipeline_id"]) == ("granq-report", 1, "p-1")
+    assert ParseDict(report["results"], coordinator_pb2.PipelineResults()) == pipeline.results
+    assert ParseDict(report["spec"], coordinator_pb2.PipelineSpec()) == pipeline.spec
+
+
+def test_simulation_only_reports_what_there_is(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
+    pipeline.spec.quantization.activation_granularity = common_pb2.ACTIVATION_GRANULARITY_PER_TENSOR
+    pipeline.results.ClearField("export")
+    pipeline.results.ClearField("engines")
+    part = build_report(store, pipeline)
+    with zipfile.ZipFile(store.local_path(part.bundle.digest)) as bundle:
+        assert bundle.namelist() == ["report.md", "report.json", "model_quantized.safetensors"]
+        assert "no integer form" in bundle.read("report.md").decode()
+
+
+def test_names_from_users_cannot_break_the_table(pipeline: coordinator_pb2.Pipeline) -> None:
+    pipeline.spec.display_name = "a | b\n# <script>`"
+    first = report_markdown(pipeline, []).decode().splitlines()[0]
+    assert first == "# a \\| b \\# \\<script\\>\\`"
+
+
+def test_a_file_that_is_gone_is_named(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
+    pipeline.results.export.onnx_ort.CopyFrom(artifact("9"))
+    with pytest.raises(NotFoundError, match="999"):
+        build_report(store, pipeline)
