@@ -7,6 +7,7 @@ shape and type in ``meta["tensor_meta"]``, at batch size 1.
 """
 
 import copy
+import operator
 import re
 from typing import Any, Final, cast
 
@@ -19,6 +20,7 @@ from services.common.models import layer_rules, registry, shape_rules  # noqa: F
 from services.common.models.archive import refuse
 from services.common.models.emitter import BATCH_DEPENDENT, BatchDependent, Constant, Emitter
 
+_IN_PLACE_OPERATORS: Final = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 # Batch sizes of the propagation; what differs between them depends on the batch.
 _BATCHES: Final = (2, 3)
 
@@ -107,13 +109,20 @@ class _Rewriter:
                 self._values[node] = value = self._rewrite(node)
                 if isinstance(value, fx.Node) and "shape" not in value.meta and "shape" in node.meta:
                     value.meta["shape"] = node.meta["shape"]
+                if _works_in_place(node, self._modules):
+                    # Whoever reads the argument after this reads the result.
+                    self._values[node.args[0]] = value
         raise refuse("MODEL_NOT_TRACEABLE", "the model returns nothing")
 
     def _live(self) -> set[fx.Node]:
         """Nodes that the output needs; the rest (checks, counters of training) is dropped."""
         live: set[fx.Node] = set()
         for node in reversed(self._raw.graph.nodes):
-            if node.op == "output" or any(user in live for user in node.users):
+            users = set(node.users)
+            if _works_in_place(node, self._modules):
+                users |= set(node.args[0].users)
+            # Going backwards, only what comes after the node is in the set yet.
+            if node.op == "output" or not users.isdisjoint(live):
                 live.add(node)
         return live
 
@@ -203,6 +212,23 @@ class _Rewriter:
 
     def _resolve(self, value: Any) -> Any:
         return fx.node.map_aggregate(value, lambda v: self._values[v] if isinstance(v, fx.Node) else v)
+
+
+def _works_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Return whether a call changes its first argument, which must be a node."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target: Any = node.target
+    name = (
+        target._schema.name if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    )
+    if target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    return bool(name.endswith("_") and not name.endswith("__"))
 
 
 def _static(results: list[Any]) -> Any:
