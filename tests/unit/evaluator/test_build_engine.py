@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from services.evaluator.jobs import build_engine
 from services.evaluator.plan_audit import audit_plan
 from tests.support.evaluator_bench import EvaluatorBench
 from tests.support.onnx_graphs import quantized, saved
+from tests.support.waiting import eventually, is_gone
 
 RTX = common_pb2.RUNTIME_TENSORRT_RTX
 needs_rtx = pytest.mark.skipif(
@@ -186,6 +190,38 @@ def test_build_ends_with_its_job(bench: EvaluatorBench, tmp_path: Path, monkeypa
     bench.cancel()
     with pytest.raises(CancelledError):
         engine_build.run_build(spec, bench.context, 60)
+
+
+JOB = """
+import sys
+from pathlib import Path
+from services.evaluator.build_spec import BuildSpec
+from services.evaluator.engine_build import run_build
+from tests.support.evaluator_bench import EvaluatorBench
+
+folder = Path(sys.argv[1])
+spec = BuildSpec("fake_runtime", [], str(folder / "m"), str(folder / "plan"), [1, 2, 4], [], None, None)
+run_build(spec, EvaluatorBench(folder).context, 60)
+"""
+
+
+async def test_build_dies_with_a_killed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "pid"
+    fake_runtime(
+        tmp_path,
+        monkeypatch,
+        f"import os, signal\nopen({str(told)!r}, 'w').write(str(os.getpid()) + ' ')\nsignal.pause()\n",
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[3])])}
+    job = subprocess.Popen([sys.executable, "-c", JOB, str(tmp_path)], env=environment)
+    try:
+        await eventually(lambda: told.exists() and told.read_text().endswith(" "))
+        build = int(told.read_text())
+        assert not is_gone(build)
+    finally:
+        job.kill()
+        job.wait()
+    await eventually(lambda: is_gone(build))
 
 
 def test_unreadable_plan_has_no_audit(tmp_path: Path) -> None:

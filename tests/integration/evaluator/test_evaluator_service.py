@@ -1,0 +1,227 @@
+"""The evaluator as others meet it: a real server, real job processes, real graphs and engines."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from granq.v1 import artifacts_pb2, common_pb2, evaluator_pb2, evaluator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, reports_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.rpc import GrpcServer
+from services.evaluator import runtimes
+from services.evaluator.server import create_server
+from services.evaluator.settings import EvaluatorSettings
+from tests.support.onnx_graphs import images, quantized
+from tests.support.waiting import eventually, is_gone
+
+NPZ = common_pb2.DATASET_FORMAT_NPZ
+
+
+class Evaluator:
+    """A running server with its clients and its store."""
+
+    def __init__(self, server: GrpcServer, settings: EvaluatorSettings, channel: grpc.aio.Channel) -> None:
+        self.server = server
+        self.datasets = settings.dataset_root
+        self.store = ArtifactStore(settings.artifact_url)
+        self.calls = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
+        self.jobs = jobs_pb2_grpc.JobServiceStub(channel)
+
+    def put(self, **options: object) -> artifacts_pb2.Artifact:
+        return self.store.put_bytes(quantized(**options).SerializeToString())
+
+    def labelled(self, count: int) -> common_pb2.Dataset:
+        np.savez(self.datasets / "set.npz", images=images(count), labels=np.zeros(count, int))
+        return common_pb2.Dataset(path="set.npz", format=NPZ)
+
+    async def ended(self, job_id: str) -> tuple[jobs_pb2.Job, list[str]]:
+        """Follow a job to its end; return it and the phases it went through."""
+        phases: list[str] = []
+        job = jobs_pb2.Job()
+        async for event in self.jobs.WatchJob(jobs_pb2.WatchJobRequest(job_id=job_id)):
+            job = event.job
+            if job.HasField("progress"):
+                phases.append(job.progress.phase)
+        return job, list(dict.fromkeys(phases))
+
+
+@pytest.fixture
+async def evaluator(tmp_path: Path) -> AsyncIterator[Evaluator]:
+    root = tmp_path / "datasets"
+    root.mkdir()
+    settings = EvaluatorSettings(
+        port=0,
+        artifact_url=(tmp_path / "artifacts").as_uri(),
+        dataset_root=root,
+        onnx_threads=1,
+        latency_repeats=2,
+        log_level="WARNING",
+    )
+    server = create_server(settings)
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield Evaluator(server, settings, channel)
+    await server.stop(0)
+
+
+def key(name: str) -> jobs_pb2.JobKey:
+    return jobs_pb2.JobKey(job_id=name, pipeline_id="pipeline")
+
+
+async def test_capabilities(evaluator: Evaluator) -> None:
+    answer = await evaluator.calls.GetCapabilities(evaluator_pb2.GetCapabilitiesRequest())
+    assert answer.runtimes[0].runtime == common_pb2.RUNTIME_ONNXRUNTIME
+    assert answer.platform.startswith("linux-")
+    assert answer.cpu
+
+
+async def test_evaluate(evaluator: Evaluator) -> None:
+    request = evaluator_pb2.StartEvaluateRequest(
+        key=key("e1"),
+        onnx_float=evaluator.put(),
+        onnx_trt=evaluator.put(high=15),
+        onnx_ort=evaluator.put(high=15, unsigned=True),
+        dataset=evaluator.labelled(20),
+        batch_size=8,
+    )
+    started = (await evaluator.calls.StartEvaluate(request)).job
+    assert started.kind == "evaluate"
+    job, phases = await evaluator.ended("e1")
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.failure
+    assert phases == ["loading", "evaluating", "timing"]
+    measured = job.result.evaluation.measurements
+    assert [m.form for m in measured] == [
+        reports_pb2.MEASURED_FORM_FLOAT,
+        reports_pb2.MEASURED_FORM_ONNX_TRT,
+        reports_pb2.MEASURED_FORM_ONNX_ORT,
+    ]
+    assert measured[1].accuracy.top1 == measured[2].accuracy.top1
+    assert measured[2].int8_layers == 2
+    again = (await evaluator.calls.StartEvaluate(request)).job
+    assert (again.run_id, again.state) == (job.run_id, jobs_pb2.JOB_STATE_SUCCEEDED)
+
+
+async def test_failed_job_names_the_field(evaluator: Evaluator) -> None:
+    outside = common_pb2.Dataset(path="../artifacts", format=common_pb2.DATASET_FORMAT_IMAGE_FOLDER)
+    request = evaluator_pb2.StartEvaluateRequest(key=key("e2"), onnx_float=evaluator.put(), dataset=outside)
+    await evaluator.calls.StartEvaluate(request)
+    job, _ = await evaluator.ended("e2")
+    assert job.state == jobs_pb2.JOB_STATE_FAILED
+    assert (job.failure.code, job.failure.field) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], "dataset.path")
+
+
+async def test_request_without_data_is_refused_at_once(evaluator: Evaluator) -> None:
+    request = evaluator_pb2.StartEvaluateRequest(key=key("e3"), onnx_float=evaluator.put())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await evaluator.calls.StartEvaluate(request)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_cancelled_within_seconds(evaluator: Evaluator) -> None:
+    request = evaluator_pb2.StartEvaluateRequest(
+        key=key("e4"), onnx_float=evaluator.put(), dataset=evaluator.labelled(50_000), batch_size=1
+    )
+    await evaluator.calls.StartEvaluate(request)
+    children = []
+    async for event in evaluator.jobs.WatchJob(jobs_pb2.WatchJobRequest(job_id="e4")):
+        if event.job.progress.phase == "evaluating" and not children:
+            children = psutil.Process().children(recursive=True)
+            begin = time.monotonic()
+            await evaluator.jobs.CancelJob(jobs_pb2.CancelJobRequest(job_id="e4"))
+    assert event.job.state == jobs_pb2.JOB_STATE_CANCELLED
+    assert time.monotonic() - begin < 5
+    # The helper that multiprocessing keeps for the server's life is not the job's.
+    jobs = [c for c in children if c.is_running() and "resource_tracker" not in " ".join(c.cmdline())]
+    await eventually(lambda: all(is_gone(c.pid) for c in jobs))
+
+
+@pytest.mark.skipif(runtimes.TENSORRT_RTX.version() is None, reason="tensorrt-rtx is not installed")
+async def test_build_engine(evaluator: Evaluator) -> None:
+    target = common_pb2.EngineTarget(runtime=common_pb2.RUNTIME_TENSORRT_RTX, compute_capabilities=["8.6", "8.9"])
+    request = evaluator_pb2.StartBuildEngineRequest(key=key("b1"), onnx_trt=evaluator.put(), target=target)
+    bad = evaluator_pb2.StartBuildEngineRequest(
+        key=key("b2"), onnx_trt=evaluator.put(channel_scales=True), target=target
+    )
+    await asyncio.gather(evaluator.calls.StartBuildEngine(request), evaluator.calls.StartBuildEngine(bad))
+    (job, phases), (failed, _) = await asyncio.gather(evaluator.ended("b1"), evaluator.ended("b2"))
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.failure
+    assert phases[:2] == ["checking", "building"]
+    assert phases[-1] == "auditing"
+    engine = job.result.engine
+    assert (engine.int8_layers, engine.total_layers) == (3, 3)
+    assert evaluator.store.stat(engine.manifest.engine.digest).size_bytes == engine.manifest.engine.size_bytes
+    record = json.loads(evaluator.store.read_bytes(engine.manifest_file.digest))
+    assert record["compute_capabilities"] == ["8.6", "8.9"]
+    assert (failed.state, failed.failure.reason) == (jobs_pb2.JOB_STATE_FAILED, "LAYER_NOT_INT8")
+
+
+@pytest.mark.skipif(runtimes.TENSORRT.version() is not None, reason="tensorrt is installed")
+async def test_missing_runtime_is_told_at_once(evaluator: Evaluator) -> None:
+    request = evaluator_pb2.StartBuildEngineRequest(
+        key=key("b3"),
+        onnx_trt=evaluator.put(),
+        target=common_pb2.EngineTarget(runtime=common_pb2.RUNTIME_TENSORRT),
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await evaluator.calls.StartBuildEngine(request)
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "pip install tensorrt" in (caught.value.details() or "")
+    status = rpc_status.from_call(caught.value)
+    info = error_details_pb2.ErrorInfo()
+    assert any(d.Unpack(info) for d in status.details)
+    assert info.reason == "RUNTIME_NOT_INSTALLED"
+    with pytest.raises(grpc.aio.AioRpcError) as missing:
+        await evaluator.jobs.GetJob(jobs_pb2.GetJobRequest(job_id="b3"))
+    assert missing.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_server_loads_neither_torch_nor_runtimes() -> None:
+    heavy = "{'torch', 'onnx', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'}"
+    code = f"import sys, services.evaluator.server; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_jobs_run_without_torch() -> None:
+    code = "import sys, services.evaluator.jobs, services.evaluator.evaluation; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+async def test_starts_alone_and_stops_on_sigterm(tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    environment = {
+        **os.environ,
+        "GRANQ_PORT": "0",
+        "GRANQ_ARTIFACT_URL": (tmp_path / "artifacts").as_uri(),
+        "GRANQ_READY_FILE": str(ready),
+    }
+    begin = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "services.evaluator"], env=environment)
+    try:
+        await eventually(ready.exists)
+        # Seconds of processor time, because tests share the machine with others.
+        used = sum(psutil.Process(process.pid).cpu_times()[:2])
+        assert used < 3, f"{used:.1f} s of processor, {time.monotonic() - begin:.1f} s in all"
+        port = json.loads(ready.read_text())["port"]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            answer = await check(health_pb2.HealthCheckRequest(service="granq.v1.EvaluatorService"))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
