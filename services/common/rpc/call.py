@@ -1,0 +1,97 @@
+"""Bookkeeping of one RPC: its metrics, its log line, and the status that its end becomes."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+
+from services.common import metrics
+from services.common.errors import as_granq_error
+from services.common.logs import get_logger
+from services.common.rpc.status import DETAILS_KEY, status_code, to_status
+from services.common.rpc.validation import validate
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = get_logger("services.common.rpc")
+# Probes come every few seconds and say nothing.
+_QUIET = ("/grpc.health.", "/grpc.reflection.")
+_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class Call:
+    """One RPC, from its arrival to its status.
+
+    Args:
+        method: Full name, such as "/granq.v1.JobService/GetJob".
+        context: The RPC's context.
+    """
+
+    def __init__(self, method: str, context: Context) -> None:
+        self.method = method
+        self.request_id = uuid.uuid4().hex[:16]
+        self._context = context
+
+    def accept(self, message: Any) -> Any:
+        """Return a received message if it obeys the contract's rules, and let the log carry the job that it names.
+
+        Raises:
+            RequestInvalidError: It does not.
+        """
+        validate(message)
+        key = getattr(message, "key", message)
+        for name in ("job_id", "pipeline_id"):
+            value = getattr(key, name, "")
+            if isinstance(value, str) and value:
+                structlog.contextvars.bind_contextvars(**{name: value})
+        return message
+
+    @asynccontextmanager
+    async def observed(self) -> AsyncIterator[None]:
+        """Around the handler: turn what it raises into a status, then count and log the end."""
+        began = time.monotonic()
+        code = grpc.StatusCode.OK
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=self.request_id)
+        in_flight = metrics.RPCS_IN_FLIGHT.labels(self.method)
+        in_flight.inc()
+        try:
+            yield
+            code = self._code_set(grpc.StatusCode.OK)
+        except grpc.aio.AbortError:
+            # The handler ended the call itself.
+            code = self._code_set(grpc.StatusCode.UNKNOWN)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            remaining = self._context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            status = to_status(error, self.request_id)
+            code = status_code(status)
+            if as_granq_error(error) is None or code is grpc.StatusCode.INTERNAL:
+                _log.exception("rpc failed by a defect", method=self.method)
+            else:
+                _log.warning("rpc refused", method=self.method, code=code.name, error=str(error))
+            await self._context.abort(code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
+        finally:
+            in_flight.dec()
+            seconds = time.monotonic() - began
+            metrics.RPCS.labels(self.method, code.name).inc()
+            metrics.RPC_SECONDS.labels(self.method, code.name).observe(seconds)
+            log = _log.debug if self.method.startswith(_QUIET) else _log.info
+            log("rpc", method=self.method, code=code.name, seconds=round(seconds, 4), peer=self._context.peer())
+
+    def _code_set(self, default: grpc.StatusCode) -> grpc.StatusCode:
+        """Return the code that the handler set in its context; gRPC keeps it as a code or as its number."""
+        code: object = self._context.code()
+        if isinstance(code, grpc.StatusCode):
+            return code
+        # 0 is also what an untouched context has.
+        return _BY_NUMBER.get(code, default) if isinstance(code, int) and code else default

@@ -1,0 +1,117 @@
+"""The interceptor of all servers: validates what comes in, and turns what is raised into statuses, metrics and logs.
+
+It wraps the handler's iteration, not only its call, so that errors in the midst of a stream are told as well.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from services.common import metrics
+from services.common.rpc.blocking import in_thread, is_plain, iterate_in_thread
+from services.common.rpc.call import Call, Context
+
+
+class _ValidatingContext:
+    """A context whose `read` gives valid messages only, for handlers that do not use the iterator."""
+
+    def __init__(self, context: Context, call: Call) -> None:
+        self._context = context
+        self._call = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def read(self) -> Any:
+        message = await self._context.read()
+        return message if message is grpc.aio.EOF else self._call.accept(message)  # type: ignore[attr-defined]
+
+
+async def _accepted(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+    async for message in messages:
+        yield call.accept(message)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps the handlers of all methods.
+
+    Args:
+        pool: Runs handlers that are plain functions.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the wrapped handler of a method, or None where there is none."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            # Not by its name: a caller could make up any number of them.
+            metrics.RPCS.labels("unknown", grpc.StatusCode.UNIMPLEMENTED.name).inc()
+            return None
+        method = handler_call_details.method
+        behavior: Any = (
+            (handler.stream_stream if handler.response_streaming else handler.stream_unary)
+            if handler.request_streaming
+            else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
+        )
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        wrap = self._streaming if handler.response_streaming else self._unary
+        return make(
+            wrap(method, behavior, handler.request_streaming), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, method: str, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
+        plain = is_plain(behavior)
+
+        async def handle(request: Any, context: Context) -> Any:
+            call = Call(method, context)
+            async with call.observed():
+                argument, inner = self._prepare(call, request, context, request_streams)
+                if plain:
+                    return await in_thread(self._pool, behavior, argument, inner, request_streams)
+                return await behavior(argument, inner)
+
+        return handle
+
+    def _streaming(self, method: str, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
+        plain = is_plain(behavior)
+
+        async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+            call = Call(method, context)
+            async with call.observed():
+                argument, inner = self._prepare(call, request, context, request_streams)
+                if plain:
+                    generator = await in_thread(self._pool, behavior, argument, inner, request_streams)
+                    responses: Any = iterate_in_thread(self._pool, iter(generator))
+                else:
+                    responses = behavior(argument, inner)
+                if hasattr(responses, "__aiter__"):
+                    try:
+                        async for response in responses:
+                            yield response
+                    finally:
+                        # The handler's own cleanup must not wait for the garbage collector.
+                        if hasattr(responses, "aclose"):
+                            await responses.aclose()
+                else:
+                    # A coroutine that writes to its context.
+                    await responses
+
+        return handle
+
+    def _prepare(self, call: Call, request: Any, context: Context, request_streams: bool) -> tuple[Any, Any]:
+        if request_streams:
+            return _accepted(request, call), _ValidatingContext(context, call)
+        return call.accept(request), context

@@ -1,0 +1,179 @@
+"""Assembly of a gRPC server and its life: start, readiness, signals, graceful end."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from granq.v1 import jobs_pb2_grpc
+from services.common.errors import UnavailableError
+from services.common.jobs import JobManager
+from services.common.jobs.servicer import JobServicer
+from services.common.logs import configure_logging, get_logger
+from services.common.metrics import MetricsServer
+from services.common.rpc.interceptors import CallInterceptor
+from services.common.rpc.ready import write_ready_file
+from services.common.settings import ServerSettings
+
+_log = get_logger("services.common.rpc")
+_PLAIN_HANDLER_THREADS = 4
+
+
+class _Registrar:
+    """Passes a servicer's handlers on to the server, and notes the name of its service."""
+
+    def __init__(self, server: Any) -> None:
+        # Any: the type stubs lack add_registered_method_handlers, which generated code calls.
+        self._server = server
+        self.names: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        self.names += [handler.service_name() for handler in handlers]
+        self._server.add_generic_rpc_handlers(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        self._server.add_registered_method_handlers(service, handlers)
+
+
+class GrpcServer:
+    """One service's server with health, reflection, metrics and, where it has jobs, JobService.
+
+    Args:
+        name: Name of the service, for logs.
+        settings: Its settings.
+        jobs: Its jobs, which then end with the server.
+
+    Attributes:
+        port: Bound port of the RPCs, after `start`.
+        metrics_port: Bound port of the metrics, after `start`.
+    """
+
+    def __init__(self, name: str, settings: ServerSettings, jobs: JobManager | None = None) -> None:
+        self.name = name
+        self.settings = settings
+        self.port = settings.port
+        self.metrics_port = settings.metrics_port
+        self._jobs = jobs
+        self._servicers: list[tuple[Callable[[Any, Any], None], object]] = []
+        self._resources: list[AbstractAsyncContextManager[Any]] = []
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server: grpc.aio.Server | None = None
+        self._stack = AsyncExitStack()
+        if jobs is not None:
+            self.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, JobServicer(jobs))
+
+    def add(self, register: Callable[[Any, Any], None], servicer: object) -> None:
+        """Serve a service; `register` is the generated add_…Servicer_to_server. Call before `start`."""
+        self._servicers.append((register, servicer))
+
+    def manage(self, resource: AbstractAsyncContextManager[Any]) -> None:
+        """Enter a resource before the server listens, and leave it after the last RPC. Call before `start`."""
+        self._resources.append(resource)
+
+    async def start(self) -> None:
+        """Listen, and report SERVING.
+
+        Raises:
+            UnavailableError: A port is taken, or the host is not this machine's.
+        """
+        async with AsyncExitStack() as stack:
+            for resource in self._resources:
+                await stack.enter_async_context(resource)
+            pool = ThreadPoolExecutor(_PLAIN_HANDLER_THREADS, thread_name_prefix="handler")
+            stack.callback(pool.shutdown, wait=False)
+            server, names = self._assemble(pool)
+            host, port = self.settings.host, self.settings.port
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            try:
+                self.port = server.add_insecure_port(address)
+                metrics_server = MetricsServer(host, self.settings.metrics_port)
+            except (RuntimeError, OSError) as error:
+                message = f"cannot listen on {address} and, for metrics, on port {self.settings.metrics_port}: {error}"
+                raise UnavailableError(message, reason="PORT_TAKEN") from error
+            stack.push_async_callback(asyncio.to_thread, metrics_server.close)
+            self.metrics_port = metrics_server.port
+            for name in names:
+                await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await server.start()
+            self._server = server
+            self._stack = stack.pop_all()
+        _log.info("server ready", service=self.name, port=self.port, metrics_port=self.metrics_port)
+
+    def _assemble(self, pool: ThreadPoolExecutor) -> tuple[grpc.aio.Server, list[str]]:
+        size = self.settings.max_message_bytes
+        server = grpc.aio.server(
+            interceptors=[CallInterceptor(pool)],
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", size),
+                # Else a second server on the same port would get half of the calls without any error.
+                ("grpc.so_reuseport", 0),
+                # Watches may be silent for minutes; pings find out that the other side is gone.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        registrar = _Registrar(server)
+        for register, servicer in self._servicers:
+            register(servicer, registrar)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*registrar.names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        return server, registrar.names
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Report NOT_SERVING, let RPCs and jobs end within the grace (default: of the settings), then end them."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        grace = self.settings.grace_seconds if grace is None else grace
+        await self._health.enter_graceful_shutdown()
+        ends = [server.stop(grace)]
+        if self._jobs is not None:
+            ends.append(self._jobs.close(grace))
+        await asyncio.gather(*ends)
+        await self._stack.aclose()
+        _log.info("server stopped", service=self.name)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; a second signal ends the grace."""
+        loop = asyncio.get_running_loop()
+        signals: asyncio.Queue[int] = asyncio.Queue()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, signals.put_nowait, number)
+        await self.start()
+        if self.settings.ready_file is not None:
+            await asyncio.to_thread(write_ready_file, self.settings.ready_file, self.port, self.metrics_port)
+        received = signal.Signals(await signals.get())
+        _log.info("server stops", service=self.name, signal=received.name)
+        stopping = asyncio.create_task(self.stop())
+        impatient = asyncio.create_task(signals.get())
+        await asyncio.wait((stopping, impatient), return_when=asyncio.FIRST_COMPLETED)
+        impatient.cancel()
+        if not stopping.done() and self._jobs is not None:
+            await self._jobs.close(0)
+        await stopping
+
+
+def run(name: str, settings: ServerSettings, create_server: Callable[[Any], GrpcServer]) -> None:
+    """Configure logging and serve until a signal; what a service's __main__ calls.
+
+    Args:
+        name: Name of the service, in each log record.
+        settings: The service's settings, given to `create_server`.
+        create_server: Assembles the server; called within the event loop.
+    """
+    configure_logging(settings.log_format, settings.log_level, {"service": name})
+
+    async def serve() -> None:
+        await create_server(settings).run()
+
+    asyncio.run(serve())
