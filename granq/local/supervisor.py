@@ -75,16 +75,21 @@ class Supervisor:
             self._plan.log_file(service).parent.mkdir(parents=True, exist_ok=True)
             self._plan.ready_file(service).parent.mkdir(parents=True, exist_ok=True)
         self._tasks = [asyncio.create_task(self._keep(running)) for running in self._running.values()]
-        everything = asyncio.gather(*(running.serving.wait() for running in self._running.values()))
+        everything = asyncio.create_task(self._all_serving())
         events: list[asyncio.Future[Any]] = [everything, *self._tasks]
         done, _ = await asyncio.wait(events, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if everything not in done:
             everything.cancel()
+            await asyncio.gather(everything, return_exceptions=True)
             for task in self._tasks:
                 if task.done():
                     task.result()
             late = ", ".join(name for name, running in self._running.items() if not running.serving.is_set())
             raise StartError(f"no answer from {late} within {START_SECONDS:.0f} s; see {self._plan.data / 'logs'}")
+
+    async def _all_serving(self) -> None:
+        for running in self._running.values():
+            await running.serving.wait()
 
     async def run(self) -> None:
         """Watch over the services until :meth:`stop`.

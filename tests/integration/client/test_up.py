@@ -119,6 +119,7 @@ def test_a_service_that_cannot_start_ends_everything_and_shows_its_log(up: Up) -
     assert process.returncode == Exit.FAILED
     assert "evaluator ended with exit code 7" in stderr
     assert "cannot open the database" in stderr
+    assert "Traceback" not in stderr
     assert not any(running(start["pid"]) for name in NAMES for start in up.starts(name))
 
 
