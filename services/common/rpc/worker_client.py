@@ -81,7 +81,7 @@ class WorkerClient:
             ("grpc.max_send_message_length", max_message_bytes),
         )
         self._channel = grpc.aio.insecure_channel(address, options=[*_OPTIONS, *limits])
-        self._jobs = jobs_pb2_grpc.JobServiceAsyncStub(self._channel)
+        self._jobs: jobs_pb2_grpc.JobServiceAsyncStub = jobs_pb2_grpc.JobServiceStub(self._channel)
 
     async def start(self, request: Message) -> jobs_pb2.Job:
         """Send a Start… request and return the job."""
