@@ -95,7 +95,7 @@ class ExecutorLocks:
 
     Example:
         >>> locks = ExecutorLocks(url)  # doctest: +SKIP
-        >>> with locks.hold("coordinator-0"):  # doctest: +SKIP
+        >>> with locks.hold("coordinator-0", 10.0):  # doctest: +SKIP
         ...     locks.is_live("coordinator-1")
         False
     """
@@ -111,7 +111,7 @@ class ExecutorLocks:
         name = hashlib.sha256(executor_id.encode()).hexdigest()[:16]
         return FileLock(path.with_name(f"{path.name}.{name}.lock"))
 
-    def hold(self, executor_id: str, patience_seconds: float = 10.0) -> "HeldLock":
+    def hold(self, executor_id: str, patience_seconds: float) -> "HeldLock":
         """Take the lock of this process.
 
         Args:

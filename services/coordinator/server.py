@@ -135,7 +135,8 @@ class CoordinatorServer(GrpcServer):
             stack.push_async_callback(self._workers.close)
             await self._threads.call(prepare_database, self._engine)
             # Before anything is recovered: two processes with one executor id would run each workflow twice.
-            stack.enter_context(await self._threads.call(self._locks.hold, settings.executor_id))
+            lock = await self._threads.call(self._locks.hold, settings.executor_id, settings.lock_seconds)
+            stack.enter_context(lock)
             stack.push_async_callback(self._hub.close)
             stack.push_async_callback(self._workflows.close)
             self._workflows.launch()

@@ -32,6 +32,9 @@ class CoordinatorSettings(ServerSettings):
     generator_address: str = Field(default="127.0.0.1:50051", description="host:port of the generator.")
     quantizer_address: str = Field(default="127.0.0.1:50052", description="host:port of the quantizer.")
     evaluator_address: str = Field(default="127.0.0.1:50053", description="host:port of the evaluator.")
+    lock_seconds: float = Field(
+        default=10.0, ge=0, le=600, description="How long to wait at the start for a predecessor of this id to end."
+    )
     max_running_pipelines: int = Field(
         default=64, ge=1, le=10_000, description="Pipelines driven at once; more stay QUEUED. Workers queue jobs, too."
     )

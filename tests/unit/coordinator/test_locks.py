@@ -13,7 +13,7 @@ _HOLDER = """
 import sys
 from services.coordinator.database import parse_url
 from services.coordinator.locks import ExecutorLocks
-held = ExecutorLocks(parse_url(sys.argv[1])).hold("pod-0")
+held = ExecutorLocks(parse_url(sys.argv[1])).hold("pod-0", 5)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -22,14 +22,14 @@ sys.stdin.read()
 def test_a_second_holder_is_refused_until_the_first_lets_go(database: Database) -> None:
     locks = ExecutorLocks(database.url)
     assert not locks.is_live("pod-9")
-    with locks.hold("pod-9"):
+    with locks.hold("pod-9", 5):
         assert locks.is_live("pod-9")
         assert not locks.is_live("pod-1")
         with pytest.raises(FailedPreconditionError) as caught:
             locks.hold("pod-9", patience_seconds=0.2)
         assert caught.value.field == "executor_id"
     assert not locks.is_live("pod-9")
-    locks.hold("pod-9").close()
+    locks.hold("pod-9", 5).close()
 
 
 def test_a_killed_holder_frees_the_lock(database: Database) -> None:
