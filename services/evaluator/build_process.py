@@ -47,17 +47,17 @@ def build(spec: BuildSpec, report: Callable[[str, int, int], None]) -> BuildOutc
     except (ImportError, OSError) as error:
         raise FailedPreconditionError(f"{spec.module} is installed but cannot be loaded: {error}") from error
     log = _log_of(trt)
-    builder = _created(trt.Builder(log), log)
+    builder = _created(lambda: trt.Builder(log), log)
     flags = 0
     if int(trt.__version__.split(".")[0]) in spec.strong_typing_majors:
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = _created(builder.create_network(flags), log)
+    network = _created(lambda: builder.create_network(flags), log)
     parser = trt.OnnxParser(network, log)
     # parse() of bytes, unlike parse_from_file(), never looks for files beside the graph.
     if not parser.parse(Path(spec.onnx).read_bytes()):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise InvalidArgumentError(f"{spec.module} cannot parse the graph: {_joined(errors + log.errors)}", field=FIELD)
-    config = _created(builder.create_builder_config(), log)
+    config = _created(builder.create_builder_config, log)
     _configure(trt, config, spec)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
@@ -145,8 +145,12 @@ def _monitor_of(trt: Any, report: Callable[[str, int, int], None]) -> Any:
     return Monitor()
 
 
-def _created(made: Any, log: Any) -> Any:
-    # The bindings return None where the library failed, for example for want of a driver.
+def _created(create: Callable[[], Any], log: Any) -> Any:
+    """Return what the library creates. For want of a driver it creates nothing, and the bindings raise TypeError."""
+    try:
+        made = create()
+    except TypeError as error:
+        raise FailedPreconditionError(f"the runtime cannot start here: {_joined([*log.errors, str(error)])}") from error
     if made is None:
         raise FailedPreconditionError(f"the runtime cannot start here: {_joined(log.errors)}")
     return made

@@ -11,7 +11,13 @@ from dataclasses import asdict
 from tempfile import TemporaryFile
 from typing import IO
 
-from services.common.errors import FailedPreconditionError, GranqError, ResourceExhaustedError, UnavailableError
+from services.common.errors import (
+    FailedPreconditionError,
+    GranqError,
+    InternalError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from services.common.jobs import JobContext
 from services.evaluator.build_spec import BuildOutcome, BuildSpec, parse_line
 from services.evaluator.graph import Graph, Layer
@@ -19,6 +25,7 @@ from services.evaluator.plan_audit import PlanAudit, audit_plan
 from services.evaluator.runtimes import EngineRuntime
 
 _POLL_SECONDS = 0.1
+_EXIT_SECONDS = 10.0
 _TAIL_BYTES = 2000
 
 
@@ -32,7 +39,8 @@ def run_build(spec: BuildSpec, context: JobContext, seconds: float) -> BuildOutc
 
     Raises:
         CancelledError: The job was cancelled; the process is gone.
-        UnavailableError: The process died.
+        UnavailableError: A signal ended the process.
+        InternalError: The process failed by a defect; the log has its output.
         ResourceExhaustedError: It took too long.
         GranqError: What the build itself reported.
     """
@@ -53,15 +61,18 @@ def run_build(spec: BuildSpec, context: JobContext, seconds: float) -> BuildOutc
             outcome = _follow(channel, context, time.monotonic() + seconds)
         except BrokenPipeError:
             outcome = None
+        except BaseException:
+            process.kill()
+            raise
         finally:
-            if process.poll() is None:
-                process.kill()
-            code = process.wait()
+            code = _exit_code(process)
         if outcome is None:
             context.log.error("engine build process died", exit_code=code, output=_tail(output))
-            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            if code >= 0:
+                raise InternalError(f"the process of the engine build ended with exit code {code}")
+            name = signal.Signals(-code).name
             raise UnavailableError(
-                f"the process of the engine build ended by {cause}", reason="ENGINE_BUILD_PROCESS_DIED"
+                f"the process of the engine build was ended by {name}", reason="ENGINE_BUILD_PROCESS_DIED"
             )
         return outcome
 
@@ -92,6 +103,15 @@ def _follow(channel: IO[bytes], context: JobContext, end: float) -> BuildOutcome
                     raise message
                 phase, step, total = message
                 context.report(f"building: {phase}", step, total)
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process that has said all it will, so that it ends by itself and its code tells why."""
+    try:
+        return process.wait(_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _tail(output: IO[bytes]) -> str:

@@ -12,6 +12,7 @@ from granq.v1 import common_pb2, evaluator_pb2, reports_pb2
 from services.common.errors import (
     CancelledError,
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
@@ -174,6 +175,14 @@ def test_killed_build_is_told_from_a_failed_one(
     with pytest.raises(UnavailableError, match="SIGKILL") as caught:
         engine_build.run_build(spec_of(tmp_path, module="fake_runtime"), bench.context, 60)
     assert caught.value.reason == "ENGINE_BUILD_PROCESS_DIED"
+
+
+def test_defect_in_a_build_is_not_retryable(
+    bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_runtime(tmp_path, monkeypatch, "raise KeyError('defect')\n")
+    with pytest.raises(InternalError, match="exit code 1"):
+        engine_build.run_build(spec_of(tmp_path, module="fake_runtime"), bench.context, 60)
 
 
 def test_runtime_that_cannot_be_loaded(bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
