@@ -188,25 +188,26 @@ class PlainDisplay:
 
     def __init__(self, screen: "Console") -> None:
         self._screen = screen
-        self._last: tuple[int, int, str] | None = None
-        self._printed = 0.0
+        self._printed: dict[tuple[int, int, str], float] = {}
+        self._text = ""
 
     def show(self, event: coordinator_pb2.WatchPipelineResponse) -> None:
         """Print the event if it says something new."""
         key = (event.state, event.stage, event.progress.phase)
         now = time.monotonic()
         final = event.progress.total > 0 and event.progress.step == event.progress.total
-        if key == self._last and now - self._printed < PLAIN_SECONDS and not final and not event.HasField("failure"):
+        # Phases may run side by side, so that each has its own clock.
+        recent = key in self._printed and now - self._printed[key] < PLAIN_SECONDS
+        if recent and not final and not event.HasField("failure"):
             return
-        self._last, self._printed = key, now
+        self._printed[key] = now
         step = f" {event.progress.step}/{event.progress.total}" if event.progress.total else ""
-        parts = [
-            state_name(event.state),
-            f"{stage_name(event.stage)}{step}",
-            note(event.progress),
-            event.failure.message,
-        ]
-        self._screen.print("  ".join(part for part in parts if part), markup=False)
+        stage = f"{stage_name(event.stage)}{step}"
+        parts = [state_name(event.state), stage, note(event.progress), event.failure.message]
+        text = "  ".join(part for part in parts if part)
+        if text != self._text:
+            self._screen.print(text, markup=False)
+        self._text = text
 
 
 def note(progress: jobs_pb2.Progress) -> str:

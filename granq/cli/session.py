@@ -1,6 +1,7 @@
 """What every command shares: the connection, output as text or JSON, and errors as exit codes."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ AsJson = Annotated[
 ]
 # The same as granq.client.DEFAULT_ADDRESS, whose module takes gRPC along; a test compares the two.
 DEFAULT_ADDRESS = "127.0.0.1:50050"
+FILE_COLUMNS = 200
 
 
 class Detached(Exception):  # noqa: N818 - an event, not an error
@@ -43,7 +45,10 @@ def console(as_json: bool = False) -> "Console":
     """Return where text for people goes: standard output, or standard error when JSON has that."""
     from rich.console import Console
 
-    return Console(stderr=as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(stderr=as_json, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_COLUMNS  # a file or a pipe has no width of its own, and nothing should be cut there
+    return console
 
 
 @contextmanager

@@ -116,12 +116,12 @@ def _print_table(plan: "Plan", services: dict[str, dict[str, object]]) -> None:
 
     from granq.cli.session import DEFAULT_ADDRESS, console
 
-    table = Table("service", "address", "metrics", "log", box=None, pad_edge=False)
+    table = Table("service", "address", "metrics", box=None, pad_edge=False)
     for name, service in services.items():
         metrics = f"http://{plan.host}:{service['metrics_port']}/metrics"
-        table.add_row(name, str(service["address"]), metrics, f"logs/{name}.log")
+        table.add_row(name, str(service["address"]), metrics)
     screen = console()
     screen.print(table)
     address = services["coordinator"]["address"]
     hint = "" if address == DEFAULT_ADDRESS else f"; use it with --address {address} or GRANQ_ADDRESS={address}"
-    screen.print(f"data in {plan.data}{hint}; Ctrl-C stops", markup=False)
+    screen.print(f"data and logs in {plan.data}{hint}; Ctrl-C stops", markup=False)

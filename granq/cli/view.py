@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 FORMS = {
     reports_pb2.MEASURED_FORM_FLOAT: "full precision",
-    reports_pb2.MEASURED_FORM_SIMULATED: "simulated {bits} (fake quantization in PyTorch)",
-    reports_pb2.MEASURED_FORM_ONNX_TRT: "Q/DQ graph {bits}, for TensorRT",
-    reports_pb2.MEASURED_FORM_ONNX_ORT: "Q/DQ graph {bits}, INT8 kernels",
-    reports_pb2.MEASURED_FORM_ENGINE: "engine {bits}",
+    reports_pb2.MEASURED_FORM_SIMULATED: "{bits} simulated",
+    reports_pb2.MEASURED_FORM_ONNX_TRT: "{bits} graph for TensorRT",
+    reports_pb2.MEASURED_FORM_ONNX_ORT: "{bits} graph, INT8 kernels",
+    reports_pb2.MEASURED_FORM_ENGINE: "{bits} engine",
 }
 RUNTIMES = {
     common_pb2.RUNTIME_UNSPECIFIED: "any runtime",
@@ -90,7 +91,8 @@ def describe(console: "Console", pipeline: coordinator_pb2.Pipeline, folder: Pat
         console.print(text, markup=False)
     if results.evaluation.measurements:
         console.print(measurements_table(pipeline))
-    for line in [*_engine_lines(pipeline, folder), *_size_lines(results), *_place_lines(results, folder)]:
+    lines = [*_runtime_lines(results), *_engine_lines(pipeline, folder)]
+    for line in [*lines, *_size_lines(results), *_place_lines(results, folder)]:
         console.print(line, markup=False)
 
 
@@ -99,11 +101,12 @@ def measurements_table(pipeline: coordinator_pb2.Pipeline) -> Table:
     formats = bits(pipeline.spec)
     rows = [_measurement_row(m, formats) for m in pipeline.results.evaluation.measurements]
     images = max(m.accuracy.images for m in pipeline.results.evaluation.measurements)
-    headers = ("what ran", "top-1 %", "top-5 %", "agreement %", "ms/batch", "INT8 layers", "by")
+    headers = ("what ran", "top-1 %", "top-5 %", "agree %", "ms (batch)", "INT8")
     used = [i for i in range(len(headers)) if any(row[i] for row in rows)]
-    table = Table(title=f"{images} images of {pipeline.results.evaluation.dataset}", title_justify="left")
+    title = f"{images} images of {pipeline.results.evaluation.dataset}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for index in used:
-        table.add_column(headers[index], justify="left" if index in (0, 6) else "right")
+        table.add_column(headers[index], justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(row[index] for index in used))
     return table
@@ -119,8 +122,19 @@ def _measurement_row(measurement: reports_pb2.Measurement, formats: str) -> tupl
         f"{accuracy.agreement:.2f}" if accuracy.HasField("agreement") else "",
         speed if measurement.HasField("latency_ms_p50") else "",
         f"{measurement.int8_layers}/{measurement.total_layers}" if measurement.HasField("int8_layers") else "",
-        measurement.runtime,
     )
+
+
+def _runtime_lines(results: coordinator_pb2.PipelineResults) -> Iterator[str]:
+    """Say what ran the graphs, and what kind of figure a simulated one is."""
+    measurements = results.evaluation.measurements
+    simulated = reports_pb2.MEASURED_FORM_SIMULATED
+    runtimes = sorted({m.runtime for m in measurements if m.form != simulated and m.runtime})
+    if runtimes:
+        yield f"graphs run by {', '.join(runtimes)}"
+    for measurement in measurements:
+        if measurement.form == simulated:
+            yield f"simulated: fake quantization in PyTorch ({measurement.runtime}), which no device runs"
 
 
 def _engine_lines(pipeline: coordinator_pb2.Pipeline, folder: Path | None) -> Iterator[str]:
