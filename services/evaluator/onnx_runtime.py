@@ -73,6 +73,9 @@ class OnnxModel:
         self._field = field
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads that spin while they wait take the processor from the other services of this machine, and from the
+        # thread they wait for where there are fewer processors than threads.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # Errors; they also arrive as exceptions.
         options.graph_optimization_level = (
             onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
