@@ -13,7 +13,6 @@ from granq.v1 import artifacts_pb2
 from services.common.artifacts.backend import Backend, Staged
 from services.common.artifacts.local import LocalBackend
 from services.common.artifacts.reader import VerifyingReader, damaged
-from services.common.artifacts.remote import RemoteBackend
 from services.common.errors import InvalidArgumentError, NotFoundError
 from services.common.metrics import ARTIFACT_BYTES
 
@@ -106,6 +105,9 @@ class ArtifactStore:
             self._backend = self._files
         elif parts.scheme:
             default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granq"
+            # Here, because fsspec would cost every server and job with a local store its time to load.
+            from services.common.artifacts.remote import RemoteBackend
+
             self._files = LocalBackend(cache_dir or default)
             self._backend = RemoteBackend(url, self._files)
         else:

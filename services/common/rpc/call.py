@@ -44,11 +44,12 @@ class Call:
             RequestInvalidError: It does not.
         """
         validate(message)
-        key = getattr(message, "key", message)
-        for name in ("job_id", "pipeline_id"):
-            value = getattr(key, name, "")
-            if isinstance(value, str) and value:
-                structlog.contextvars.bind_contextvars(**{name: value})
+        # The contract names a job in the request itself, in its key, or in the key of what opens a stream.
+        for holder in (message, getattr(message, "key", None), getattr(getattr(message, "open", None), "key", None)):
+            for name in ("job_id", "pipeline_id"):
+                value = getattr(holder, name, "")
+                if isinstance(value, str) and value:
+                    structlog.contextvars.bind_contextvars(**{name: value})
         return message
 
     @asynccontextmanager

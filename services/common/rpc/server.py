@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -12,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from granq.v1 import jobs_pb2_grpc
-from services.common.errors import UnavailableError
+from services.common.errors import GranqError, UnavailableError
 from services.common.jobs import JobManager
 from services.common.jobs.servicer import JobServicer
 from services.common.logs import configure_logging, get_logger
@@ -144,7 +145,7 @@ class GrpcServer:
         _log.info("server stopped", service=self.name)
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; a second signal ends the grace."""
+        """Serve until SIGTERM or SIGINT; a second signal ends the grace. Raises as `start` does."""
         loop = asyncio.get_running_loop()
         signals: asyncio.Queue[int] = asyncio.Queue()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -154,12 +155,16 @@ class GrpcServer:
             await asyncio.to_thread(write_ready_file, self.settings.ready_file, self.port, self.metrics_port)
         received = signal.Signals(await signals.get())
         _log.info("server stops", service=self.name, signal=received.name)
+        server = self._server
         stopping = asyncio.create_task(self.stop())
         impatient = asyncio.create_task(signals.get())
         await asyncio.wait((stopping, impatient), return_when=asyncio.FIRST_COMPLETED)
         impatient.cancel()
-        if not stopping.done() and self._jobs is not None:
-            await self._jobs.close(0)
+        if not stopping.done():
+            await asyncio.gather(
+                *([server.stop(0)] if server is not None else []),
+                *([self._jobs.close(0)] if self._jobs is not None else []),
+            )
         await stopping
 
 
@@ -170,10 +175,17 @@ def run(name: str, settings: ServerSettings, create_server: Callable[[Any], Grpc
         name: Name of the service, in each log record.
         settings: The service's settings, given to `create_server`.
         create_server: Assembles the server; called within the event loop.
+
+    Raises:
+        SystemExit: With code 1, when the server cannot start; the log says why.
     """
     configure_logging(settings.log_format, settings.log_level, {"service": name})
 
     async def serve() -> None:
         await create_server(settings).run()
 
-    asyncio.run(serve())
+    try:
+        asyncio.run(serve())
+    except GranqError as error:
+        _log.error("server cannot start", service=name, reason=error.reason, error=error.message)
+        sys.exit(1)

@@ -13,6 +13,7 @@ from services.common.errors import (
     GranqError,
     InternalError,
     InvalidArgumentError,
+    UnavailableError,
     as_granq_error,
     code_of,
 )
@@ -81,16 +82,21 @@ def status_to_error(error: grpc.RpcError) -> GranqError:
 
     A status without details of this domain comes from gRPC itself, such as UNAVAILABLE when nobody listens.
     """
-    code = error.code() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else grpc.StatusCode.UNKNOWN
-    message = (error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else None) or code.name
+    known = isinstance(error, grpc.Call | grpc.aio.AioRpcError)
+    code = error.code() if known else grpc.StatusCode.UNKNOWN
+    message = (error.details() if known else None) or code.name
     cls = CLASSES.get(code.value[0], InternalError)
     reason, field = (cls.reason if code in STATUS_CODES.values() else code.name), ""
+    told = False
     for detail in _details(error):
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         if detail.Unpack(info) and info.domain == DOMAIN:
-            reason, field = info.reason, info.metadata.get("field", field)
+            told, reason, field = True, info.reason, info.metadata.get("field", field)
         elif detail.Unpack(bad) and bad.field_violations:
             field = bad.field_violations[0].field
+    if code is grpc.StatusCode.CANCELLED and not told:
+        # A server that shuts down drops calls so. Nobody cancelled the work, and the next server will do it.
+        return UnavailableError("the server dropped the call; try again", reason="CALL_DROPPED")
     return cls(message, reason=reason, field=field)
 
 
