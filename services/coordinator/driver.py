@@ -21,6 +21,7 @@ from services.common.errors import (
     to_failure,
 )
 from services.common.logs import get_logger
+from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import CONTINUE
 from services.coordinator.measurements import merge_evaluations, part_of
 from services.coordinator.metrics import JOB_RETRIES, STAGE_SECONDS
@@ -47,7 +48,7 @@ class PipelineDriver:
     Args:
         repository: Stored pipelines.
         transitions: Changes of their state.
-        threads: Where database calls run.
+        calls: Run calls of the database.
         workers: Where jobs run.
         build_report: Makes the results of the REPORT stage; blocking.
         report_threads: Where it runs.
@@ -59,7 +60,7 @@ class PipelineDriver:
         *,
         repository: Repository,
         transitions: Transitions,
-        threads: Threads,
+        calls: DatabaseCalls,
         workers: Workers,
         build_report: BuildReport,
         report_threads: Threads,
@@ -67,7 +68,7 @@ class PipelineDriver:
     ) -> None:
         self._repository = repository
         self._transitions = transitions
-        self._threads = threads
+        self._calls = calls
         self._workers = workers
         self._build_report = build_report
         self._report_threads = report_threads
@@ -86,8 +87,8 @@ class PipelineDriver:
             except SupersededError:
                 return SUPERSEDED
             except DBAPIError:
-                # Nothing can be written now, not even a failure. The sweeper drives the pipeline anew later.
-                log.exception("the database does not answer")
+                # Nothing can be written, not even a failure. The sweeper drives the pipeline anew later.
+                log.exception("the database refused a write")
                 raise
             if outcome is not None:
                 STAGE_SECONDS.labels(NAMES[stage], outcome).observe(time.monotonic() - began)
@@ -95,19 +96,19 @@ class PipelineDriver:
 
     async def _try_stage(self, pipeline_id: str, attempt: int, stage: int) -> str | None:
         try:
-            snapshot = await self._threads.call(self._repository.get, pipeline_id)
+            snapshot = await self._calls.insist(self._repository.get, pipeline_id)
         except NotFoundError as error:
             raise SupersededError(f"pipeline {pipeline_id} was deleted") from error
         pipeline = snapshot.pipeline
         if not applies(stage, pipeline.spec):
             return None
-        if not await self._threads.call(self._transitions.enter_stage, pipeline_id, attempt, stage):
+        if not await self._calls.insist(self._transitions.enter_stage, pipeline_id, attempt, stage):
             return None
         log.info("stage begins", attempt=attempt)
         try:
             part = await self._work(pipeline, attempt, stage)
             last = stage == STAGES[-1][0]
-            await self._threads.call(self._transitions.finish_stage, pipeline_id, attempt, stage, part, last=last)
+            await self._calls.insist(self._transitions.finish_stage, pipeline_id, attempt, stage, part, last=last)
         except (SupersededError, DBAPIError):
             raise
         except Exception as error:
@@ -115,7 +116,7 @@ class PipelineDriver:
                 log.warning("stage failed", reason=error.reason, error=error.message)
             else:
                 log.exception("stage failed unexpectedly")
-            await self._threads.call(self._transitions.fail, pipeline_id, attempt, to_failure(error))
+            await self._calls.insist(self._transitions.fail, pipeline_id, attempt, to_failure(error))
             await self._stop_jobs(pipeline_id)
             return FAILED
         log.info("stage ends")
@@ -172,18 +173,18 @@ class PipelineDriver:
 
     async def _job(self, pipeline_id: str, attempt: int, call: JobCall) -> jobs_pb2.JobResult:
         async def write(progress: jobs_pb2.Progress, cursor: JobCursor) -> None:
-            await self._threads.call(
+            await self._calls.insist(
                 self._transitions.record_progress, pipeline_id, attempt, progress, call.job_id, cursor
             )
 
         async def announce(cause: common_pb2.Failure) -> None:
             JOB_RETRIES.labels(call.worker, cause.reason).inc()
-            await self._threads.call(self._transitions.record_trouble, pipeline_id, attempt, cause)
+            await self._calls.insist(self._transitions.record_trouble, pipeline_id, attempt, cause)
 
         async def check() -> None:
-            await self._threads.call(self._transitions.check_owned, pipeline_id, attempt)
+            await self._calls.insist(self._transitions.check_owned, pipeline_id, attempt)
 
-        cursor = await self._threads.call(self._repository.open_job, pipeline_id, call.job_id, call.worker)
+        cursor = await self._calls.insist(self._repository.open_job, pipeline_id, call.job_id, call.worker)
         async with ProgressRelay(write, call.label) as relay:
             runner = JobRunner(self._workers, call, self._patience, relay, announce, check, cursor)
             try:
@@ -191,19 +192,19 @@ class PipelineDriver:
             except UnavailableError:
                 raise  # the job may still run, or run again
             except GranqError:
-                await self._threads.call(self._repository.close_job, pipeline_id, call.job_id)
+                await self._calls.insist(self._repository.close_job, pipeline_id, call.job_id)
                 raise
-        await self._threads.call(self._repository.close_job, pipeline_id, call.job_id)
+        await self._calls.insist(self._repository.close_job, pipeline_id, call.job_id)
         return result
 
     async def _stop_jobs(self, pipeline_id: str) -> None:
         """Ask the jobs of a failed pipeline that may still run to end; a worker that is away is left alone."""
-        for job in await self._threads.call(self._repository.open_jobs, pipeline_id):
+        for job in await self._calls.insist(self._repository.open_jobs, pipeline_id):
             try:
                 await self._workers.cancel(job.worker, job.job_id, _STOP_SECONDS)
             except GranqError as error:
                 log.info("job not cancelled", job_id=job.job_id, error=error.message)
-            await self._threads.call(self._repository.close_job, pipeline_id, job.job_id)
+            await self._calls.insist(self._repository.close_job, pipeline_id, job.job_id)
 
 
 def _expect(result: jobs_pb2.JobResult, kind: str, call: JobCall) -> jobs_pb2.JobResult:

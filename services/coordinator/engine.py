@@ -76,7 +76,11 @@ class WorkflowEngine:
         self._slots = asyncio.Semaphore(max_running)
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._version = application_version
-        logging.getLogger("dbos").addFilter(_is_worth_reading)
+        # DBOS gives its logger a handler and a format of its own unless it has one; records shall go to the root.
+        logger = logging.getLogger("dbos")
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+        logger.addFilter(_is_worth_reading)
         self._config = DBOSConfig(
             name="granq-coordinator",
             system_database_url=url.render_as_string(hide_password=False),

@@ -14,8 +14,8 @@ from functools import partial
 from granq.v1 import coordinator_pb2
 from services.common.errors import NotFoundError, UnavailableError
 from services.common.logs import get_logger
+from services.coordinator.calls import DatabaseCalls
 from services.coordinator.repository import Repository
-from services.coordinator.threads import Threads
 from services.coordinator.transitions import ENDED
 
 Event = coordinator_pb2.WatchPipelineResponse
@@ -43,13 +43,13 @@ class EventHub:
 
     Args:
         repository: Where events are.
-        threads: Where its calls run.
+        calls: Run its calls.
         poll_seconds: Time between looks for changes that other processes made.
     """
 
-    def __init__(self, repository: Repository, threads: Threads, poll_seconds: float = 1.0) -> None:
+    def __init__(self, repository: Repository, calls: DatabaseCalls, poll_seconds: float = 1.0) -> None:
         self._repository = repository
-        self._threads = threads
+        self._calls = calls
         self._poll_seconds = poll_seconds
         self._feeds: dict[str, _Feed] = {}
         self._poller: asyncio.Task[None] | None = None
@@ -67,7 +67,13 @@ class EventHub:
         if feed is not None:
             task = self._loop.create_task(self._refresh(pipeline_id, feed))
             self._refreshes.add(task)
-            task.add_done_callback(self._refreshes.discard)
+            task.add_done_callback(self._refreshed)
+
+    def _refreshed(self, task: asyncio.Task[None]) -> None:
+        self._refreshes.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # Nothing is lost: the poll sees that the feed is behind, and has it refreshed again.
+            log.warning("events not read; trying again", error=str(task.exception()))
 
     async def watch(self, pipeline_id: str, after: int) -> AsyncIterator[Event]:
         """Yield the events behind a number, in order and without gaps, until the pipeline has ended.
@@ -93,7 +99,7 @@ class EventHub:
                     ready = [event for event in feed.events if event.sequence > after]
                 if after < last and (not ready or ready[0].sequence != after + 1):
                     # Further back than the feed remembers: a page of history from the database.
-                    ready = await self._threads.call(self._repository.events, pipeline_id, after, _PAGE)
+                    ready = await self._calls.call(self._repository.events, pipeline_id, after, _PAGE)
                 for event in ready:
                     after = event.sequence
                     yield event
@@ -109,14 +115,14 @@ class EventHub:
 
     async def _refresh(self, pipeline_id: str, feed: _Feed) -> None:
         async with feed.refresh:
-            found = await self._threads.call(self._repository.sequences, [pipeline_id])
+            found = await self._calls.call(self._repository.sequences, [pipeline_id])
             if pipeline_id not in found:
                 feed.gone = True
             else:
                 last, state = found[pipeline_id]
                 # A new feed begins with the last page; whoever wants more of the past reads it for himself.
                 begin = max(feed.last, last - _KEPT)
-                events = await self._threads.call(self._repository.events, pipeline_id, begin, _KEPT)
+                events = await self._calls.call(self._repository.events, pipeline_id, begin, _KEPT)
                 fresh = [event for event in events if event.sequence <= last]
                 feed.events.extend(fresh)
                 feed.last, feed.state = last, state
@@ -131,10 +137,9 @@ class EventHub:
         while self._feeds:
             await asyncio.sleep(self._poll_seconds)
             try:
-                found = await self._threads.call(self._repository.sequences, list(self._feeds))
-            except Exception:
-                log.exception("could not look for events of other coordinators; trying again")
-                continue
+                found = await self._calls.call(self._repository.sequences, list(self._feeds))
+            except UnavailableError:
+                continue  # told where it was raised
             for pipeline_id, feed in self._feeds.items():
                 if found.get(pipeline_id, (-1, 0))[0] != feed.last:
                     self._wake(pipeline_id)

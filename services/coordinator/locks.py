@@ -70,9 +70,20 @@ class AdvisoryLock:
         self._connection: Connection | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lock when it is free; return whether this object holds it now."""
+        """Take the lock when it is free; return whether this object holds it now.
+
+        A lock that was held goes when the connection breaks; this is noticed here, and the lock taken again.
+
+        Raises:
+            DBAPIError: The database cannot be reached.
+        """
         if self._connection is not None:
-            return True
+            try:
+                self._connection.execute(text("SELECT 1"))
+            except DBAPIError:
+                self.release()
+            else:
+                return True
         connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": self._key}):
             connection.close()
@@ -146,6 +157,14 @@ class HeldLock:
 
     def __init__(self, lock: ExecutorLock) -> None:
         self._lock = lock
+
+    def renew(self) -> bool:
+        """Return whether the lock is held, after taking it again if the database lost it meanwhile.
+
+        Raises:
+            DBAPIError: The database cannot be reached.
+        """
+        return self._lock.try_acquire()
 
     def close(self) -> None:
         """Release the lock."""

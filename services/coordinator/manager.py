@@ -9,10 +9,10 @@ from granq.v1 import coordinator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import GranqError, InvalidArgumentError, NotFoundError
 from services.common.logs import get_logger
+from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import WorkflowEngine
 from services.coordinator.hub import EventHub
 from services.coordinator.repository import OpenJob, Position, Repository
-from services.coordinator.threads import Threads
 from services.coordinator.transitions import Transitions
 from services.coordinator.validation import check_spec
 from services.coordinator.workers import Workers
@@ -31,7 +31,7 @@ class PipelineManager:
         repository: Stored pipelines.
         transitions: Changes of their state.
         hub: Their events.
-        threads: Where calls of database and store run.
+        calls: Run calls of database and store.
         engine: Runs their workflows.
         workers: Run their jobs.
         store: Artifacts.
@@ -45,7 +45,7 @@ class PipelineManager:
         repository: Repository,
         transitions: Transitions,
         hub: EventHub,
-        threads: Threads,
+        calls: DatabaseCalls,
         engine: WorkflowEngine,
         workers: Workers,
         store: ArtifactStore,
@@ -55,7 +55,7 @@ class PipelineManager:
         self._repository = repository
         self._transitions = transitions
         self._hub = hub
-        self._threads = threads
+        self._calls = calls
         self._engine = engine
         self._workers = workers
         self._store = store
@@ -73,11 +73,11 @@ class PipelineManager:
             AlreadyExistsError: The request id belongs to another spec.
         """
         # Before the checks: a repeat gets its pipeline even when the model was removed from the store meanwhile.
-        earlier = await self._threads.call(self._repository.find, spec, request_id)
+        earlier = await self._calls.call(self._repository.find, spec, request_id)
         if earlier is not None:
             return earlier
-        await self._threads.call(check_spec, spec, self._store)
-        pipeline, created = await self._threads.call(self._repository.create, spec, request_id, self._executor_id)
+        await self._calls.call(check_spec, spec, self._store)
+        pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id)
         if created:
             log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, request_id=request_id)
             # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
@@ -86,7 +86,7 @@ class PipelineManager:
 
     async def get(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
         """Return a pipeline, or raise NotFoundError."""
-        return (await self._threads.call(self._repository.get, pipeline_id)).pipeline
+        return (await self._calls.call(self._repository.get, pipeline_id)).pipeline
 
     async def page(
         self, states: Sequence[int], page_size: int, page_token: str
@@ -98,7 +98,7 @@ class PipelineManager:
         """
         wanted = sorted(set(states))
         after = _read_token(page_token, wanted) if page_token else None
-        pipelines, following = await self._threads.call(
+        pipelines, following = await self._calls.call(
             self._repository.page, wanted, after, page_size or DEFAULT_PAGE_SIZE
         )
         return pipelines, _write_token(following, wanted) if following is not None else ""
@@ -109,8 +109,8 @@ class PipelineManager:
 
     async def cancel(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
         """Begin to stop a pipeline and return it; one that has ended is returned as it is. Raises NotFoundError."""
-        if await self._threads.call(self._transitions.request_cancel, pipeline_id):
-            snapshot = await self._threads.call(self._repository.get, pipeline_id)
+        if await self._calls.call(self._transitions.request_cancel, pipeline_id):
+            snapshot = await self._calls.call(self._repository.get, pipeline_id)
             await self.finish_cancel(pipeline_id, snapshot.attempt)
             return snapshot.pipeline
         return await self.get(pipeline_id)
@@ -125,12 +125,12 @@ class PipelineManager:
     async def _carry_through(self, pipeline_id: str, attempt: int) -> None:
         try:
             await self._engine.cancel(pipeline_id, attempt)
-            jobs = await self._threads.call(self._repository.open_jobs, pipeline_id)
+            jobs = await self._calls.call(self._repository.open_jobs, pipeline_id)
             await asyncio.gather(*(self._end_job(pipeline_id, job) for job in jobs))
         except Exception:
             # Whatever it was, the user's wish is what counts; the state must not stay CANCELLING.
             log.exception("cancelling met an error", pipeline_id=pipeline_id)
-        await self._threads.call(self._transitions.finish_cancel, pipeline_id)
+        await self._calls.insist(self._transitions.finish_cancel, pipeline_id)
         log.info("pipeline cancelled", pipeline_id=pipeline_id)
 
     async def _end_job(self, pipeline_id: str, job: OpenJob) -> None:
@@ -146,13 +146,13 @@ class PipelineManager:
         except (GranqError, TimeoutError) as error:
             log.warning("job not seen to end", pipeline_id=pipeline_id, job_id=job.job_id, error=str(error))
             return
-        await self._threads.call(self._repository.close_job, pipeline_id, job.job_id)
+        await self._calls.call(self._repository.close_job, pipeline_id, job.job_id)
 
     async def end_stray_jobs(self) -> None:
         """Ask once more for the end of jobs whose pipeline was cancelled while their worker was away."""
-        for pipeline_id in await self._threads.call(self._repository.cancelled_with_jobs):
+        for pipeline_id in await self._calls.call(self._repository.cancelled_with_jobs):
             async with self._strays:  # a retry, which wants its jobs, forgets the rows only between two pipelines
-                for job in await self._threads.call(self._repository.open_jobs, pipeline_id):
+                for job in await self._calls.call(self._repository.open_jobs, pipeline_id):
                     await self._end_job(pipeline_id, job)
 
     async def retry(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
@@ -163,7 +163,7 @@ class PipelineManager:
             FailedPreconditionError: It is in another state.
         """
         async with self._strays:
-            attempt = await self._threads.call(self._transitions.retry, pipeline_id, self._executor_id)
+            attempt = await self._calls.call(self._transitions.retry, pipeline_id, self._executor_id)
         pipeline = await self.get(pipeline_id)
         await self._engine.start(pipeline_id, attempt)
         log.info("pipeline retried", pipeline_id=pipeline_id, attempt=attempt)
@@ -176,7 +176,7 @@ class PipelineManager:
             NotFoundError: There is no such pipeline.
             FailedPreconditionError: It has not ended.
         """
-        attempts = await self._threads.call(self._repository.delete, pipeline_id)
+        attempts = await self._calls.call(self._repository.delete, pipeline_id)
         self._hub.changed(pipeline_id)
         await self._engine.forget(pipeline_id, attempts)
 

@@ -9,6 +9,7 @@ from services.common.artifacts import ArtifactStore
 from services.common.rpc import GrpcServer
 from services.common.rpc.worker_client import WorkerClient
 from services.coordinator.bundle import build_report
+from services.coordinator.calls import DatabaseCalls
 from services.coordinator.database import database_engine, parse_url, prepare_database
 from services.coordinator.driver import PipelineDriver
 from services.coordinator.engine import WorkflowEngine
@@ -89,13 +90,14 @@ class CoordinatorServer(GrpcServer):
         self._store_threads = Threads(_STORE_THREADS, "artifacts")
         self._workers = GrpcWorkers(settings)
         self._repository = Repository(self._engine)
-        self._hub = EventHub(self._repository, self._threads)
+        calls = DatabaseCalls(self._threads)
+        self._hub = EventHub(self._repository, calls)
         self._transitions = Transitions(self._engine, self._hub.changed)
         store = ArtifactStore(settings.artifact_url, settings.cache_dir)
         driver = PipelineDriver(
             repository=self._repository,
             transitions=self._transitions,
-            threads=self._threads,
+            calls=calls,
             workers=self._workers,
             build_report=partial(build_report, store),
             report_threads=self._store_threads,
@@ -113,7 +115,7 @@ class CoordinatorServer(GrpcServer):
             repository=self._repository,
             transitions=self._transitions,
             hub=self._hub,
-            threads=self._threads,
+            calls=calls,
             engine=self._workflows,
             workers=self._workers,
             store=store,
@@ -147,6 +149,7 @@ class CoordinatorServer(GrpcServer):
                 threads=self._threads,
                 engine=self._workflows,
                 locks=self._locks,
+                held=lock,
                 executor_id=settings.executor_id,
                 application_version=settings.application_version,
                 finish_cancel=self._manager.finish_cancel,

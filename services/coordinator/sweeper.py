@@ -20,7 +20,7 @@ from granq.v1 import common_pb2
 from services.common.errors import UnavailableError, to_failure
 from services.common.logs import get_logger
 from services.coordinator.engine import WorkflowEngine
-from services.coordinator.locks import ExecutorLocks
+from services.coordinator.locks import ExecutorLocks, HeldLock
 from services.coordinator.repository import DrivenPipeline, Repository
 from services.coordinator.threads import Threads
 from services.coordinator.transitions import State, Transitions
@@ -37,6 +37,7 @@ class Sweeper:
         threads: Where database calls run.
         engine: Runs workflows.
         locks: Say which coordinators live.
+        held: The lock of this one.
         executor_id: This coordinator.
         application_version: Version of its workflows.
         finish_cancel: Carries a cancellation through.
@@ -52,6 +53,7 @@ class Sweeper:
         threads: Threads,
         engine: WorkflowEngine,
         locks: ExecutorLocks,
+        held: HeldLock,
         executor_id: str,
         application_version: str,
         finish_cancel: Callable[[str, int], Awaitable[None]],
@@ -63,6 +65,7 @@ class Sweeper:
         self._threads = threads
         self._engine = engine
         self._locks = locks
+        self._held = held
         self._executor_id = executor_id
         self._version = application_version
         self._finish_cancel = finish_cancel
@@ -87,6 +90,10 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Look at every pipeline that has not ended, once."""
+        if not await self._threads.call(self._held.renew):
+            # The connection to the database broke, and another process took this id before it was back.
+            log.error("another coordinator has this executor id now; give each its own", executor_id=self._executor_id)
+            return
         alive: dict[str, bool] = {}
         suspects: set[tuple[str, int]] = set()
         for pipeline in await self._threads.call(self._repository.unfinished):

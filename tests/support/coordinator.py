@@ -185,8 +185,12 @@ class WorkerProcess(ServerProcess):
 class CoordinatorProcess(ServerProcess):
     """A coordinator in a process of its own, whose workers are one scripted worker."""
 
-    def __init__(self, folder: Path, worker_address: str, **settings: str) -> None:
-        addresses = {f"{name}_address": worker_address for name in ("generator", "quantizer", "evaluator")}
-        super().__init__("coordinator", folder, database_url=sqlite_url(folder), **addresses, **settings)
+    def __init__(self, folder: Path, worker_address: str, name: str = "coordinator", **settings: str) -> None:
+        addresses = {f"{worker}_address": worker_address for worker in ("generator", "quantizer", "evaluator")}
+        super().__init__(name, folder, **{"database_url": sqlite_url(folder), **addresses, **settings})
+
+    @property
+    def module(self) -> str:
+        return "services.coordinator"
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -23,33 +24,60 @@ def _account() -> str | None:
     pytest.skip("PostgreSQL does not run as root, and there is no account postgres or nobody")
 
 
+class PostgresServer:
+    """A server on a data folder.
+
+    Args:
+        folder: Folder of the data and of the socket.
+        account: Account that it runs as; None for this one.
+    """
+
+    def __init__(self, folder: Path, account: str | None) -> None:
+        self._folder = folder
+        self._account = account
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"postgresql://granq@/postgres?host={folder}"
+        initdb = ["initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "granq", "-E", "UTF8", "--no-sync"]
+        subprocess.run(initdb, user=account, cwd=folder, check=True, capture_output=True)
+
+    def start(self) -> None:
+        """Start, and return when it takes connections."""
+        options = ["-c", "listen_addresses=", "-k", str(self._folder), "-c", "fsync=off"]
+        self._process = subprocess.Popen(
+            ["postgres", "-D", str(self._folder / "data"), *options],
+            user=self._account,
+            cwd=self._folder,
+            stderr=subprocess.DEVNULL,
+        )
+        ready = ["pg_isready", "-h", str(self._folder), "-U", "granq", "-d", "postgres"]
+        deadline = time.monotonic() + 30
+        while subprocess.run(ready, capture_output=True, check=False).returncode != 0:
+            assert time.monotonic() < deadline, "PostgreSQL did not start in time"
+            assert self._process.poll() is None, "PostgreSQL ended at its start"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End at once and break all connections, as a failed machine would."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(timeout=30)
+
+
 @contextlib.contextmanager
-def postgres_server() -> Iterator[str]:
-    """Start a server, yield the URL of its database, and stop it; skips where PostgreSQL is not installed."""
+def postgres_server() -> Iterator[PostgresServer]:
+    """Start a server, yield it, and stop it; skips where PostgreSQL is not installed."""
     if shutil.which("initdb") is None or shutil.which("postgres") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     account = _account()
-    # Under /tmp and short: the path of a Unix socket has at most 107 bytes.
+    # Short, because the path of a Unix socket has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="granq-pg-", ignore_cleanup_errors=True) as text:
         folder = Path(text)
         folder.chmod(0o755)
         if account is not None:
             shutil.chown(folder, account)
-        data = folder / "data"
-        initdb = ["initdb", "-D", str(data), "-A", "trust", "-U", "granq", "-E", "UTF8", "--no-sync"]
-        subprocess.run(initdb, user=account, cwd=folder, check=True, capture_output=True)
-        options = ["-c", "listen_addresses=", "-k", str(folder), "-c", "fsync=off"]
-        server = subprocess.Popen(
-            ["postgres", "-D", str(data), *options], user=account, cwd=folder, stderr=subprocess.DEVNULL
-        )
+        server = PostgresServer(folder, account)
+        server.start()
         try:
-            ready = ["pg_isready", "-h", str(folder), "-U", "granq", "-d", "postgres"]
-            deadline = time.monotonic() + 30
-            while subprocess.run(ready, capture_output=True, check=False).returncode != 0:
-                assert time.monotonic() < deadline, "PostgreSQL did not start in time"
-                assert server.poll() is None, "PostgreSQL ended at its start"
-                time.sleep(0.05)
-            yield f"postgresql://granq@/postgres?host={folder}"
+            yield server
         finally:
-            server.terminate()
-            server.wait(timeout=30)
+            server.stop()

@@ -14,7 +14,7 @@ from services.common.errors import FailedPreconditionError
 from services.coordinator.requests import Stage
 from services.coordinator.transitions import State
 from tests.support.coordinator import Bench, Client, CoordinatorProcess, WorkerProcess, bench
-from tests.support.postgres import postgres_server
+from tests.support.postgres import PostgresServer, postgres_server
 from tests.support.waiting import eventually
 
 STAGES = {
@@ -48,9 +48,9 @@ async def client(coordinator: CoordinatorProcess) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-def postgres_url() -> Iterator[str]:
-    with postgres_server() as url:
-        yield url
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.mark.parametrize("kind", ["inspect", "quantize", "evaluate"])
@@ -186,8 +186,8 @@ async def test_a_job_that_outlived_its_cancelled_pipeline_is_ended_later(tmp_pat
         coordinator.kill()
 
 
-async def test_a_pipeline_runs_on_postgresql(tmp_path: Path, postgres_url: str) -> None:
-    async with bench(tmp_path, postgres_url) as running:
+async def test_a_pipeline_runs_on_postgresql(tmp_path: Path, postgres: PostgresServer) -> None:
+    async with bench(tmp_path, postgres.url) as running:
         assert running.client is not None
         running.script.tell("synthesize", stall_at=2)
         name = (await running.client.submit()).pipeline_id
@@ -201,3 +201,61 @@ async def test_a_pipeline_runs_on_postgresql(tmp_path: Path, postgres_url: str) 
         assert pipeline.results.HasField("bundle")
         for kind in ("inspect", "synthesize", "quantize", "export", "evaluate"):
             assert len(running.script.lines(kind, "begins")) == 1
+
+
+async def test_two_coordinators_share_a_database_and_one_inherits_from_the_other(
+    tmp_path: Path, worker: WorkerProcess, postgres: PostgresServer
+) -> None:
+    pair = [
+        CoordinatorProcess(
+            tmp_path, worker.address, name, database_url=postgres.url, executor_id=name, sweep_seconds="0.5"
+        )
+        for name in ("pod-0", "pod-1")
+    ]
+    for each in pair:
+        await asyncio.to_thread(each.start)
+    first, second = (Client(each.address) for each in pair)
+    try:
+        worker.script.tell("quantize", stall_at=2)
+        name, cancelled = [(await first.submit()).pipeline_id for _ in range(2)]
+        # Events of one coordinator reach the watchers of the other.
+        await second.until(name, lambda event: event.stage == Stage.STAGE_QUANTIZE and event.progress.step == 2)
+        asked = time.monotonic()
+        await second.cancel(cancelled)
+        await second.finish(cancelled, State.PIPELINE_STATE_CANCELLED)
+        assert time.monotonic() - asked < 6
+        pair[0].kill()
+        told = await second.until(name, lambda event: event.HasField("failure"))
+        assert told.failure.reason == "COORDINATOR_CHANGED"
+        worker.script.tell("quantize")
+        await second.finish(name)
+        assert sum(job.startswith(name) for job in worker.script.lines("quantize", "begins")) == 1
+    finally:
+        for client in (first, second):
+            await client.close()
+        for each in pair:
+            each.kill()
+
+
+async def test_a_pipeline_outlives_a_restart_of_the_database(
+    tmp_path: Path, worker: WorkerProcess, postgres: PostgresServer
+) -> None:
+    coordinator = CoordinatorProcess(tmp_path, worker.address, database_url=postgres.url, sweep_seconds="1")
+    await asyncio.to_thread(coordinator.start)
+    client = Client(coordinator.address)
+    try:
+        worker.script.tell("quantize", stall_at=2)
+        name = (await client.submit()).pipeline_id
+        await client.until(name, lambda event: event.stage == Stage.STAGE_QUANTIZE and event.progress.step == 2)
+        await asyncio.to_thread(postgres.stop)
+        worker.script.tell("quantize")  # the stage ends while nothing can be written
+        with pytest.raises(grpc.aio.AioRpcError) as away:
+            await client.get(name)
+        assert away.value.code() == grpc.StatusCode.UNAVAILABLE
+        await asyncio.to_thread(postgres.start)
+        await client.finish(name)
+        for kind in ("inspect", "synthesize", "quantize", "export", "evaluate"):
+            assert len(worker.script.lines(kind, "begins")) == 1, kind
+    finally:
+        await client.close()
+        coordinator.kill()

@@ -10,6 +10,7 @@ from sqlalchemy import delete
 
 from granq.v1 import coordinator_pb2
 from services.common.errors import NotFoundError
+from services.coordinator.calls import DatabaseCalls
 from services.coordinator.hub import EventHub
 from services.coordinator.requests import Stage
 from services.coordinator.tables import PipelineRow
@@ -26,7 +27,7 @@ class Watched:
     def __init__(self, folder: Path, threads: Threads, poll_seconds: float = 60) -> None:
         self.url = sqlite_url(folder)
         self.database = Database(self.url, lambda name: self.hub.changed(name))
-        self.hub = EventHub(self.database.repository, threads, poll_seconds)
+        self.hub = EventHub(self.database.repository, DatabaseCalls(threads), poll_seconds)
         self.name = self.database.create()
 
     def advance(self, steps: int, first: int = 0) -> None:

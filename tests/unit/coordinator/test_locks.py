@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from sqlalchemy import text
 
 from services.common.errors import FailedPreconditionError
 from services.coordinator.locks import ExecutorLocks
@@ -44,3 +45,14 @@ def test_a_killed_holder_frees_the_lock(database: Database) -> None:
         holder.kill()
         holder.wait()
     locks.hold("pod-0", patience_seconds=5).close()
+
+
+def test_a_lock_that_the_database_lost_is_taken_again(postgres_url: str) -> None:
+    database = Database(postgres_url)
+    with ExecutorLocks(database.url).hold("pod-7", 5) as held:
+        with database.engine.begin() as connection:
+            query = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            assert connection.scalar(text(query))
+        assert held.renew()
+        assert ExecutorLocks(database.url).is_live("pod-7")
+    database.close()

@@ -1,0 +1,152 @@
+"""The driver on the real engine and database, with workers that answer at once."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+
+from granq.v1 import common_pb2, jobs_pb2, reports_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.errors import FailedPreconditionError, GranqError, InvalidArgumentError
+from services.coordinator.bundle import build_report
+from services.coordinator.calls import DatabaseCalls
+from services.coordinator.driver import FAILED, SUPERSEDED, PipelineDriver
+from services.coordinator.engine import CONTINUE, WorkflowEngine
+from services.coordinator.requests import STAGES, JobCall, Stage
+from services.coordinator.runner import Patience
+from services.coordinator.threads import Threads
+from services.coordinator.transitions import ENDED, State
+from tests.support.pipelines import ME, Database, results, spec
+
+SUCCEEDED = jobs_pb2.JOB_STATE_SUCCEEDED
+
+
+class PromptWorkers:
+    """Every job has succeeded by the time it is started, unless it is told to be refused."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        made = results(store)
+        engine = next(outcome.engine for outcome in made.engines if outcome.HasField("engine"))
+        self._results = {
+            "StartInspectRequest": jobs_pb2.JobResult(inspection=made.model),
+            "StartSynthesizeRequest": jobs_pb2.JobResult(synthesis=made.synthesis),
+            "StartQuantizeRequest": jobs_pb2.JobResult(quantization=made.quantization),
+            "StartExportRequest": jobs_pb2.JobResult(export=made.export),
+            "StartBuildEngineRequest": jobs_pb2.JobResult(engine=engine),
+            "StartEvaluateRequest": jobs_pb2.JobResult(evaluation=made.evaluation),
+            "StartSimulateRequest": jobs_pb2.JobResult(evaluation=made.evaluation),
+        }
+        self.refusals: dict[str, GranqError] = {}
+        self.started: list[str] = []
+
+    async def start(self, call: JobCall) -> jobs_pb2.Job:
+        kind = call.request.DESCRIPTOR.name
+        self.started.append(kind)
+        if kind in self.refusals:
+            raise self.refusals[kind]
+        return jobs_pb2.Job(state=SUCCEEDED, result=self._results[kind])
+
+    async def get(self, worker: str, job_id: str) -> jobs_pb2.Job:
+        raise AssertionError
+
+    def watch(self, worker: str, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+        raise AssertionError
+
+    async def cancel(self, worker: str, job_id: str, timeout_seconds: float) -> jobs_pb2.Job:
+        return jobs_pb2.Job(state=SUCCEEDED)
+
+
+@pytest.fixture
+def workers(store: ArtifactStore) -> PromptWorkers:
+    return PromptWorkers(store)
+
+
+@pytest.fixture
+def driver(sqlite: Database, store: ArtifactStore, workers: PromptWorkers, threads: Threads) -> PipelineDriver:
+    return PipelineDriver(
+        repository=sqlite.repository,
+        transitions=sqlite.transitions,
+        calls=DatabaseCalls(threads),
+        workers=workers,
+        build_report=partial(build_report, store),
+        report_threads=threads,
+        patience=Patience(60, 3),
+    )
+
+
+@asynccontextmanager
+async def _engine(database: Database, driver: PipelineDriver) -> AsyncIterator[WorkflowEngine]:
+    made = WorkflowEngine(
+        url=database.url,
+        executor_id=ME,
+        application_version="1",
+        steps=STAGES,
+        run_step=driver.run_stage,
+        max_running=100,
+    )
+    made.launch()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def test_many_pipelines_at_once_each_keep_their_order(sqlite: Database, driver: PipelineDriver) -> None:
+    names = [sqlite.create() for _ in range(25)]
+    async with _engine(sqlite, driver) as engine:
+        await asyncio.gather(*(engine.start(name, 1) for name in names))
+        async with asyncio.timeout(60):
+            while sqlite.repository.unfinished():
+                await asyncio.sleep(0.05)
+    for name in names:
+        events = sqlite.repository.events(name, 0, 100)
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        assert events[-1].state == State.PIPELINE_STATE_SUCCEEDED
+        assert [event.stage for event in events[1:]] == [1, 2, 3, 4, 6, 7, 7]
+
+
+async def test_a_repeated_stage_does_nothing(sqlite: Database, driver: PipelineDriver, workers: PromptWorkers) -> None:
+    name = sqlite.create()
+    for _ in range(3):
+        assert await driver.run_stage(name, 1, Stage.STAGE_VALIDATE) == CONTINUE
+    assert workers.started == ["StartInspectRequest"]
+    assert await driver.run_stage(name, 1, Stage.STAGE_BUILD_ENGINES) == CONTINUE  # none were asked for
+    assert sqlite.sequences(name) == [1, 2]
+
+
+async def test_an_attempt_that_lost_its_pipeline_ends(sqlite: Database, driver: PipelineDriver) -> None:
+    name = sqlite.create()
+    assert await driver.run_stage(name, 7, Stage.STAGE_VALIDATE) == SUPERSEDED
+    assert await driver.run_stage("deleted", 1, Stage.STAGE_VALIDATE) == SUPERSEDED
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(FailedPreconditionError("no runtime"), CONTINUE), (InvalidArgumentError("bad target"), FAILED)],
+)
+async def test_only_a_missing_runtime_is_borne(
+    sqlite: Database, driver: PipelineDriver, workers: PromptWorkers, error: GranqError, outcome: str
+) -> None:
+    made = spec()
+    made.engines.add(runtime=common_pb2.RUNTIME_TENSORRT)
+    name = sqlite.repository.create(made, "", ME)[0].pipeline_id
+    workers.refusals["StartBuildEngineRequest"] = error
+    assert await driver.run_stage(name, 1, Stage.STAGE_BUILD_ENGINES) == outcome
+    pipeline = sqlite.repository.get(name).pipeline
+    assert (pipeline.state in ENDED) == (outcome == FAILED)
+    assert len(pipeline.results.engines) == (outcome == CONTINUE)
+    assert sqlite.repository.open_jobs(name) == []
+
+
+async def test_a_defect_fails_the_pipeline_without_telling_its_text(
+    sqlite: Database, driver: PipelineDriver, workers: PromptWorkers
+) -> None:
+    wrong = jobs_pb2.JobResult(evaluation=reports_pb2.EvaluationResult())
+    workers._results["StartInspectRequest"] = wrong
+    name = sqlite.create()
+    assert await driver.run_stage(name, 1, Stage.STAGE_VALIDATE) == FAILED
+    failure = sqlite.repository.get(name).pipeline.failure
+    assert (failure.code, failure.reason) == (13, "INTERNAL")
+    assert "evaluation" not in failure.message
