@@ -36,6 +36,11 @@ class Call:
         self.method = method
         self.request_id = uuid.uuid4().hex[:16]
         self._context = context
+        # Read now: once the peer is gone, gRPC frees what peer() and time_remaining() look at, and a handler that is
+        # still being taken down would crash the whole server there.
+        self._peer = context.peer()
+        remaining = context.time_remaining()
+        self._deadline = None if remaining is None else time.monotonic() + remaining
 
     def accept(self, message: Any) -> Any:
         """Return a received message if it obeys the contract's rules, and let the log carry the job that it names.
@@ -69,8 +74,7 @@ class Call:
             code = self._code_set(grpc.StatusCode.UNKNOWN)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            remaining = self._context.time_remaining()
-            late = remaining is not None and remaining <= 0
+            late = self._deadline is not None and time.monotonic() >= self._deadline
             code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
@@ -87,7 +91,7 @@ class Call:
             metrics.RPCS.labels(self.method, code.name).inc()
             metrics.RPC_SECONDS.labels(self.method, code.name).observe(seconds)
             log = _log.debug if self.method.startswith(_QUIET) else _log.info
-            log("rpc", method=self.method, code=code.name, seconds=round(seconds, 4), peer=self._context.peer())
+            log("rpc", method=self.method, code=code.name, seconds=round(seconds, 4), peer=self._peer)
 
     def _code_set(self, default: grpc.StatusCode) -> grpc.StatusCode:
         """Return the code that the handler set in its context; gRPC keeps it as a code or as its number."""
