@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Self
 
 from granq.v1 import common_pb2, generator_pb2
 from services.common.errors import InternalError, ResourceExhaustedError, UnavailableError, from_failure
@@ -119,7 +120,7 @@ class JointSession:
 
 
 class JointSessions:
-    """The CoTrain streams of one server.
+    """The CoTrain streams of one server. A context manager: at its end no process is left.
 
     Args:
         settings: Of the server.
@@ -127,35 +128,55 @@ class JointSessions:
 
     def __init__(self, settings: GeneratorSettings) -> None:
         self._settings = settings
-        self._active = 0
-
-    @property
-    def active(self) -> int:
-        """Streams that are served now."""
-        return self._active
+        self._places = asyncio.Semaphore(settings.max_co_train_streams)
+        self._sessions: set[JointSession] = set()
+        self._endings: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def open(self, opening: generator_pb2.CoTrainOpen) -> AsyncIterator[JointSession]:
         """Serve one stream; its process ends with the block.
 
+        Waits a little for a place, because whoever resumes comes while the broken stream is still being taken down.
+
         Raises:
             ResourceExhaustedError: CO_TRAIN_LIMIT when the server serves its maximum.
         """
-        limit = self._settings.max_co_train_streams
-        if self._active >= limit:
+        log = _log.bind(job_id=opening.key.job_id, pipeline_id=opening.key.pipeline_id)
+        try:
+            async with asyncio.timeout(self._settings.co_train_wait_seconds):
+                await self._places.acquire()
+        except TimeoutError as error:
             raise ResourceExhaustedError(
-                f"the server already serves {limit} joint trainings, its maximum; try again later",
+                f"the server already serves its maximum of {self._settings.max_co_train_streams} joint trainings; "
+                "try again later",
                 reason="CO_TRAIN_LIMIT",
-            )
-        self._active += 1
+            ) from error
         try:
             session = await JointSession.spawn(opening, self._settings)
-            _log.info("joint training began", job_id=opening.key.job_id, pipeline_id=opening.key.pipeline_id)
-            try:
-                yield session
-            finally:
-                # Shielded, so that a cancelled stream too is sure to leave no process behind.
-                await asyncio.shield(session.close())
-                _log.info("joint training ended", job_id=opening.key.job_id, pipeline_id=opening.key.pipeline_id)
+        except BaseException:
+            self._places.release()
+            raise
+        self._sessions.add(session)
+        log.info("joint training began")
+        try:
+            yield session
         finally:
-            self._active -= 1
+            # A task of its own, so that a stream that is cancelled again meanwhile still leaves no process behind.
+            ending = asyncio.create_task(self._end(session))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+            await asyncio.shield(ending)
+            log.info("joint training ended")
+
+    async def _end(self, session: JointSession) -> None:
+        try:
+            await session.close()
+        finally:
+            self._sessions.discard(session)
+            self._places.release()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(session.close() for session in self._sessions), *self._endings)

@@ -25,3 +25,9 @@ class GeneratorSettings(ServerSettings):
     max_co_train_streams: int = Field(
         default=2, ge=1, le=256, description="CoTrain streams served at once; more fail with RESOURCE_EXHAUSTED."
     )
+    co_train_wait_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        le=600,
+        description="Time in seconds that a CoTrain stream waits for a place before it fails.",
+    )

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from services.generator.networks import LATENT, ConditionalBatchNorm2d, ConditionalGenerator
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 30, 30), (3, 224, 224), (3, 17, 9), (4, 12, 40)])
+def test_shapes(shape: tuple[int, int, int]) -> None:
+    images = ConditionalGenerator(shape, 10)(torch.randn(4, LATENT), torch.arange(4))
+    assert images.shape == (4, *shape)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
+    assert bool((images.var((0, 2, 3), correction=0) > 0.5).all())
+
+
+@pytest.mark.parametrize(("num_classes", "conditional"), [(200, False), (201, True), (1000, True)])
+def test_labels_matter(num_classes: int, conditional: bool) -> None:
+    torch.manual_seed(0)
+    generator = ConditionalGenerator((3, 8, 8), num_classes)
+    assert generator.conditional is conditional
+    if conditional:
+        # At first all classes share scale 1 and shift 0; training tells them apart.
+        assert isinstance(generator.norm0, ConditionalBatchNorm2d)
+        torch.nn.init.normal_(generator.norm0.scale.weight)
+    z = torch.randn(3, LATENT)
+    one, other = generator(z, torch.tensor([0, 1, 2])), generator(z, torch.tensor([0, 1, 3]))
+    assert not torch.equal(one[2], other[2])
+
+
+def test_conditional_batch_norm() -> None:
+    norm = ConditionalBatchNorm2d(2, 3, eps=1e-5)
+    torch.nn.init.normal_(norm.scale.weight)
+    torch.nn.init.normal_(norm.shift.weight)
+    x, labels = torch.randn(4, 2, 3, 3), torch.tensor([0, 2, 2, 1])
+    plain = torch.nn.functional.batch_norm(x, None, None, training=True)
+    for sample, label in enumerate(labels):
+        expected = plain[sample] * norm.scale.weight[label][:, None, None] + norm.shift.weight[label][:, None, None]
+        torch.testing.assert_close(norm(x, labels)[sample], expected)
