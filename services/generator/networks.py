@@ -39,6 +39,28 @@ class _PlainBatchNorm2d(nn.BatchNorm2d):
         return super().forward(input)
 
 
+class UpsampledConv2d(nn.Conv2d):
+    """A 3×3 convolution of the image enlarged by nearest neighbours, N×I×h×w → N×O×H×W.
+
+    Enlarging to exactly twice the size is a transposed convolution with a 2×2 kernel of ones, so both together are one
+    transposed convolution with a 4×4 kernel. That takes 16 multiply-adds for each input pixel and pair of channels
+    instead of 36, and half the time of the generator, which is most of the time of a synthesis.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, input: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return the convolution of the input enlarged to a size; the default is twice its own."""
+        doubled = (2 * input.shape[2], 2 * input.shape[3])
+        if size is not None and size != doubled:
+            return super().forward(F.interpolate(input, size=size))
+        slices = self.weight.flip(2, 3).view(self.out_channels * self.in_channels, 1, 3, 3)
+        kernel = F.conv2d(slices, slices.new_ones(1, 1, 2, 2), padding=1)
+        kernel = kernel.view(self.out_channels, self.in_channels, 4, 4).transpose(0, 1)
+        return F.conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
+
+
 class ConditionalGenerator(nn.Module):
     """z (N×100), y (N) → images N×C×H×W, each channel with mean 0 and variance 1 over the batch.
 
@@ -60,9 +82,9 @@ class ConditionalGenerator(nn.Module):
         self.embedding = None if self.conditional else nn.Embedding(num_classes, LATENT)
         self.project = nn.Linear(LATENT, 128 * self._sizes[0][0] * self._sizes[0][1])
         self.norm0 = norm(128, 1e-5)
-        self.conv1 = nn.Conv2d(128, 128, 3, padding=1)
+        self.conv1 = UpsampledConv2d(128, 128)
         self.norm1 = norm(128, _EPSILON)
-        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
+        self.conv2 = UpsampledConv2d(128, 64)
         self.norm2 = norm(64, _EPSILON)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.norm3 = nn.BatchNorm2d(channels, affine=False)
@@ -72,9 +94,9 @@ class ConditionalGenerator(nn.Module):
         if self.embedding is not None:
             z = z * self.embedding(labels)
         x = self.project(z).view(z.shape[0], 128, *self._sizes[0])
-        x = F.interpolate(self.norm0(x, labels), size=self._sizes[1])
-        x = F.leaky_relu(self.norm1(self.conv1(x), labels), 0.2)
-        x = F.interpolate(x, size=self._sizes[2])
-        x = F.leaky_relu(self.norm2(self.conv2(x), labels), 0.2)
+        x = self.conv1(self.norm0(x, labels), self._sizes[1])
+        x = F.leaky_relu(self.norm1(x, labels), 0.2)
+        x = self.conv2(x, self._sizes[2])
+        x = F.leaky_relu(self.norm2(x, labels), 0.2)
         images: torch.Tensor = self.norm3(torch.tanh(self.conv3(x)))
         return images

@@ -7,9 +7,12 @@ from pydantic import Field
 from services.common.settings import ServerSettings
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _half_of_the_cores() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // 2)
+    return max(1, _cores() // 2)
 
 
 class GeneratorSettings(ServerSettings):
@@ -20,7 +23,10 @@ class GeneratorSettings(ServerSettings):
         default_factory=_half_of_the_cores,
         ge=1,
         le=1024,
-        description="CPU threads of one training. Default: half of the cores; the quantizer has the others.",
+        description="CPU threads of a joint training. Default: half of the cores; the quantizer has the others.",
+    )
+    synthesis_threads: int = Field(
+        default_factory=_cores, ge=1, le=1024, description="CPU threads of a synthesis job. Default: all cores."
     )
     max_co_train_streams: int = Field(
         default=2, ge=1, le=256, description="CoTrain streams served at once; more fail with RESOURCE_EXHAUSTED."

@@ -24,6 +24,7 @@ def settings(tmp_path: Path) -> GeneratorSettings:
         metrics_port=0,
         artifact_url=(tmp_path / "store").as_uri(),
         torch_threads=1,
+        synthesis_threads=1,
         max_co_train_streams=1,
         co_train_wait_seconds=3,
         grace_seconds=1,

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
-from services.generator.networks import LATENT, ConditionalBatchNorm2d, ConditionalGenerator
+from services.generator.networks import LATENT, ConditionalBatchNorm2d, ConditionalGenerator, UpsampledConv2d
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 30, 30), (3, 224, 224), (3, 17, 9), (4, 12, 40)])
@@ -35,3 +36,19 @@ def test_conditional_batch_norm() -> None:
     for sample, label in enumerate(labels):
         expected = plain[sample] * norm.scale.weight[label][:, None, None] + norm.shift.weight[label][:, None, None]
         torch.testing.assert_close(norm(x, labels)[sample], expected)
+
+
+@pytest.mark.parametrize("size", [None, (10, 6), (9, 5), (7, 7)])
+def test_upsampled_convolution(size: tuple[int, int] | None) -> None:
+    layer = UpsampledConv2d(4, 6).double()
+    x = torch.randn(2, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    expected = F.conv2d(F.interpolate(x, size=size or (10, 6)), layer.weight, layer.bias, padding=1)
+    result = layer(x, size)
+    torch.testing.assert_close(result, expected)
+    weights = torch.randn_like(result)
+    for mine, theirs in zip(
+        torch.autograd.grad((result * weights).sum(), [x, *layer.parameters()]),
+        torch.autograd.grad((expected * weights).sum(), [x, *layer.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
