@@ -30,6 +30,7 @@ class ProgressRelay:
         self._write = write
         self._label = label
         self._phase: str | None = None
+        self._last: jobs_pb2.Progress | None = None
         self._held: tuple[jobs_pb2.Progress, JobCursor] | None = None
         self._began = self._written = time.monotonic()
         self._timer: asyncio.Task[None] | None = None
@@ -49,6 +50,8 @@ class ProgressRelay:
         if self._label:
             shown.phase = f"{self._label}: {progress.phase}" if progress.phase else self._label
         new_phase, self._phase = progress.phase != self._phase, progress.phase
+        if self._held is None and shown == self._last:
+            return  # the event that ends a job repeats its last progress
         self._held = (shown, cursor)
         wait = self._written + self._interval() - time.monotonic()
         if new_phase or wait <= 0:
@@ -68,7 +71,7 @@ class ProgressRelay:
         async with self._lock:
             held, self._held = self._held, None
             if held is not None:
-                self._written = time.monotonic()
+                self._written, self._last = time.monotonic(), held[0]
                 await self._write(*held)
 
     async def __aenter__(self) -> "ProgressRelay":

@@ -1,7 +1,7 @@
 """Writes what a pipeline made and measured: as JSON for programs and as Markdown for people."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from google.protobuf.json_format import MessageToDict
 
@@ -50,22 +50,23 @@ def report_markdown(pipeline: coordinator_pb2.Pipeline, files: Sequence[tuple[st
     """
     spec, results = pipeline.spec, pipeline.results
     lines = [f"# {_text(spec.display_name or pipeline.pipeline_id)}", ""]
-    lines += _table(("", ""), _overview(pipeline), right=False)
+    lines += _table(("", ""), _overview(pipeline))
     lines += ["", "## Accuracy and speed", "", f"Measured on: {_text(results.evaluation.dataset)}.", ""]
     head = ("Form", "Top-1 %", "Top-5 %", "Agreement %", "SQNR dB", "Latency ms", "INT8 layers", "Images", "Ran on")
-    lines += _table(head, [_measurement(row) for row in results.evaluation.measurements])
+    lines += _table(head, map(_measurement, results.evaluation.measurements), range(1, 8))
     lines += ["", *_notes(pipeline)]
     if results.engines:
         lines += ["", "## Engines", ""]
-        lines += _table(("Target", "Outcome", "Built for", "INT8 layers", "Build s"), map(_engine, results.engines))
+        lines += _table(
+            ("Target", "Outcome", "Built for", "INT8 layers", "Build s"), map(_engine, results.engines), (3, 4)
+        )
     if results.export.float_operations:
         lines += ["", "## Operations that stay in floating point", ""]
         lines += [f"- {_text(name)}" for name in results.export.float_operations]
     if files:
         lines += ["", "## Files", ""]
-        lines += _table(
-            ("File", "Bytes", "What it is"), [(f"`{name}`", f"{size:,}", note) for name, size, note in files]
-        )
+        rows = [(f"`{name}`", f"{size:,}", note) for name, size, note in files]
+        lines += _table(("File", "Bytes", "What it is"), rows, (1,))
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -148,8 +149,8 @@ def _engine(outcome: coordinator_pb2.EngineOutcome) -> tuple[str, ...]:
     return target, f"{runtime} {_text(manifest.runtime_version)}, {size}", _text(place), layers, f"{built.seconds:.0f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True) -> list[str]:
-    rule = ["---", *(["---:" if right else "---"] * (len(head) - 1))]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
 
 

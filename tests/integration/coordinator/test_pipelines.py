@@ -15,7 +15,6 @@ from services.coordinator.requests import Stage
 from services.coordinator.transitions import State
 from tests.support.coordinator import Bench, Client, bench
 from tests.support.pipelines import spec
-from tests.support.waiting import eventually
 
 FLOAT, SIMULATED = reports_pb2.MEASURED_FORM_FLOAT, reports_pb2.MEASURED_FORM_SIMULATED
 TRT, ORT = reports_pb2.MEASURED_FORM_ONNX_TRT, reports_pb2.MEASURED_FORM_ONNX_ORT
@@ -167,13 +166,12 @@ async def test_an_engine_that_breaks_fails_the_pipeline(running: Bench, client: 
     assert (failed.stage, failed.failure.field) == (Stage.STAGE_BUILD_ENGINES, "target")
 
 
-async def test_a_failed_measurement_stops_the_one_beside_it(running: Bench, client: Client) -> None:
-    running.script.tell("simulate", stall_at=1)
+async def test_a_failed_measurement_fails_the_pipeline(running: Bench, client: Client) -> None:
     running.script.tell("evaluate", fail={"code": 3, "reason": "BAD_DATASET", "message": "no labels"})
-    await client.finish((await client.submit(await _full_spec(client))).pipeline_id, State.PIPELINE_STATE_FAILED)
-    jobs = running.worker._jobs
-    assert jobs is not None
-    await eventually(lambda: all(job.state > 2 for job in jobs.list()))
+    name = (await client.submit(await _full_spec(client))).pipeline_id
+    failed = await client.finish(name, State.PIPELINE_STATE_FAILED)
+    assert (failed.stage, failed.failure.reason) == (Stage.STAGE_EVALUATE, "BAD_DATASET")
+    assert running.script.lines("simulate", "begins") == []
 
 
 async def test_ended_pipelines_are_deleted_and_running_ones_are_not(running: Bench, client: Client) -> None:

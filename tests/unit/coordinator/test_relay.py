@@ -44,6 +44,14 @@ async def test_a_held_back_step_is_written_when_its_time_comes_not_with_the_next
     assert written[1][2] - written[0][2] >= 0.45
 
 
+async def test_the_same_progress_is_written_once() -> None:
+    written = _Written()
+    async with ProgressRelay(written.write) as relay:
+        for _ in range(3):
+            await _add(relay, 100)
+    assert [step for _phase, step, _time in written] == [100]
+
+
 async def test_labels_are_put_before_phases() -> None:
     written = _Written()
     async with ProgressRelay(written.write, "simulation") as relay:

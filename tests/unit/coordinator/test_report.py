@@ -42,6 +42,7 @@ def test_the_bundle_holds_every_file_with_its_bytes(store: ArtifactStore, pipeli
     assert "not built: install tensorrt \\| now" in markdown
     assert "`model_trt.onnx` | 3,000 |" in markdown
     assert "BatchNorm loss 1.5" in markdown
+    assert "| --- | ---: | --- |" in markdown
 
 
 def test_the_same_pipeline_gives_the_same_artifacts(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
