@@ -8,7 +8,7 @@ database are found by one query per second for all watched pipelines together, a
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from functools import partial
 
 from granq.v1 import coordinator_pb2
@@ -75,7 +75,7 @@ class EventHub:
             # Nothing is lost: the poll sees that the feed is behind, and has it refreshed again.
             log.warning("events not read; trying again", error=str(task.exception()))
 
-    async def watch(self, pipeline_id: str, after: int) -> AsyncIterator[Event]:
+    async def watch(self, pipeline_id: str, after: int) -> AsyncGenerator[Event, None]:
         """Yield the events behind a number, in order and without gaps, until the pipeline has ended.
 
         A terminal event that a retry followed is not the end.

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from granq.v1 import coordinator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
@@ -103,7 +103,7 @@ class PipelineManager:
         )
         return pipelines, _write_token(following, wanted) if following is not None else ""
 
-    def watch(self, pipeline_id: str, after: int) -> AsyncIterator[coordinator_pb2.WatchPipelineResponse]:
+    def watch(self, pipeline_id: str, after: int) -> AsyncGenerator[coordinator_pb2.WatchPipelineResponse, None]:
         """Yield a pipeline's events behind a number until it has ended; raises NotFoundError."""
         return self._hub.watch(pipeline_id, after)
 

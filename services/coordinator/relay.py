@@ -5,6 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from granq.v1 import jobs_pb2
+from services.common.errors import GranqError
 from services.coordinator.transitions import JobCursor
 
 Write = Callable[[jobs_pb2.Progress, JobCursor], Awaitable[None]]
@@ -82,5 +83,6 @@ class ProgressRelay:
         if timer is not None:
             timer.cancel()
             await asyncio.gather(timer, return_exceptions=True)
-        if kind is None:
+        # A failed job's last step is worth knowing; a cancelled caller must not be held up.
+        if kind is None or issubclass(kind, GranqError):
             await self.flush()

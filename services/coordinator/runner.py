@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from granq.v1 import common_pb2, jobs_pb2
@@ -107,12 +108,14 @@ class JobRunner:
             if job.state not in (State.JOB_STATE_QUEUED, State.JOB_STATE_RUNNING):
                 return job
             try:
-                async for event in self._workers.watch(
+                watch = self._workers.watch(
                     self._call.worker, self._call.job_id, self._cursor.run_id, self._cursor.sequence
-                ):
-                    self._answered()
-                    await self._take(event)
-                    job = event.job
+                )
+                async with aclosing(watch) as events:
+                    async for event in events:
+                        self._answered()
+                        await self._take(event)
+                        job = event.job
                 # The stream may have ended with the job, or because its time was up.
                 job = await self._workers.get(self._call.worker, self._call.job_id)
             except NotFoundError as error:

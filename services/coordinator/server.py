@@ -1,6 +1,6 @@
 """Assembly of the coordinator: database, workflow engine, workers and servicers in one server."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -59,7 +59,9 @@ class GrpcWorkers:
         """Return a job as it is now."""
         return await self._clients[worker].get(job_id)
 
-    def watch(self, worker: str, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+    def watch(
+        self, worker: str, job_id: str, run_id: str, sequence: int
+    ) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         """Yield a job's events behind a number of a run."""
         return self._clients[worker].watch(job_id, run_id, sequence)
 

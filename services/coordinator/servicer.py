@@ -1,6 +1,7 @@
 """The coordinator's RPCs: each unpacks a request, calls the domain, and packs the answer."""
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -42,8 +43,9 @@ class PipelineServicer(coordinator_pb2_grpc.PipelineServiceServicer):
         self, request: coordinator_pb2.WatchPipelineRequest, context: _Context
     ) -> AsyncIterator[coordinator_pb2.WatchPipelineResponse]:
         """Stream a pipeline's events."""
-        async for event in self._manager.watch(request.pipeline_id, request.after_sequence):
-            yield event
+        async with aclosing(self._manager.watch(request.pipeline_id, request.after_sequence)) as events:
+            async for event in events:
+                yield event
 
     async def CancelPipeline(  # noqa: N802
         self, request: coordinator_pb2.CancelPipelineRequest, context: _Context
@@ -81,8 +83,9 @@ class ArtifactServicer(artifacts_pb2_grpc.ArtifactServiceServicer):
         self, request: artifacts_pb2.DownloadArtifactRequest, context: _Context
     ) -> AsyncIterator[artifacts_pb2.DownloadArtifactResponse]:
         """Stream one blob."""
-        async for message in self._transfer.send(request.digest, request.offset):
-            yield message
+        async with aclosing(self._transfer.send(request.digest, request.offset)) as messages:
+            async for message in messages:
+                yield message
 
     async def GetArtifact(  # noqa: N802
         self, request: artifacts_pb2.GetArtifactRequest, context: _Context

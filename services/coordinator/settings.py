@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from services.common.errors import InvalidArgumentError
 from services.common.settings import ServerSettings
 from services.coordinator.database import parse_url
 
@@ -61,5 +62,8 @@ class CoordinatorSettings(ServerSettings):
     @field_validator("database_url")
     @classmethod
     def _supported(cls, value: str) -> str:
-        parse_url(value)
+        try:
+            parse_url(value)
+        except InvalidArgumentError as error:
+            raise ValueError(error.message) from error
         return value

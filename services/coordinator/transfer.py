@@ -1,6 +1,6 @@
 """Moves blobs between streams of messages and the artifact store, one chunk at a time."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from granq.v1 import artifacts_pb2
 from services.common.artifacts import ArtifactStore, ArtifactWriter
@@ -36,8 +36,15 @@ class ArtifactTransfer:
             raise InvalidArgumentError("the first message must carry the header", field="header")
         header = first.header
         self._check_limit(header.size_bytes)
-        writer = await self._threads.call(self._store.writer, header.name, header.media_type)
+        writers: list[ArtifactWriter] = []
+
+        def stage() -> None:
+            writers.append(self._store.writer(header.name, header.media_type))
+
         try:
+            # Not returned but noted, so that it is dropped, too, when the client goes away at this very moment.
+            await self._threads.call(stage)
+            writer = writers[0]
             async for message in messages:
                 if message.WhichOneof("payload") != "chunk":
                     raise InvalidArgumentError("only the first message may carry a header", field="header")
@@ -52,9 +59,10 @@ class ArtifactTransfer:
             return await self._threads.call(writer.commit)
         finally:
             # Drops what was not committed, also when the client went away.
-            await self._threads.call(writer.__exit__, None, None, None)
+            for writer in writers:
+                await self._threads.call(writer.__exit__, None, None, None)
 
-    async def send(self, digest: str, offset: int) -> AsyncIterator[artifacts_pb2.DownloadArtifactResponse]:
+    async def send(self, digest: str, offset: int) -> AsyncGenerator[artifacts_pb2.DownloadArtifactResponse, None]:
         """Yield a blob's bytes from an offset; at least one message, so that the size of an empty rest is told, too.
 
         Raises:

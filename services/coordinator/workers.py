@@ -1,6 +1,6 @@
 """What the coordinator needs of its workers; how they are reached is left to the implementation."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from granq.v1 import jobs_pb2
@@ -20,7 +20,9 @@ class Workers(Protocol):
     async def get(self, worker: str, job_id: str) -> jobs_pb2.Job:
         """Return a job as it is now."""
 
-    def watch(self, worker: str, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+    def watch(
+        self, worker: str, job_id: str, run_id: str, sequence: int
+    ) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         """Yield a job's events behind a number of a run; ends with the job, or earlier when the stream's time is up."""
 
     async def cancel(self, worker: str, job_id: str, timeout_seconds: float) -> jobs_pb2.Job:

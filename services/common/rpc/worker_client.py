@@ -1,6 +1,6 @@
 """Client of one worker (generator, quantizer or evaluator): starts jobs there and follows them."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import grpc
@@ -52,8 +52,8 @@ _STARTS: dict[type[Message], Callable[[grpc.aio.Channel], Callable[..., Any]]] =
 class WorkerClient:
     """Connection to one worker. Connects by itself, and again after the worker was away.
 
-    Every call raises the `GranqError` that the worker answered with, and `UnavailableError` when it cannot be reached or
-    is too slow.
+    Every call raises the `GranqError` that the worker answered with, and `UnavailableError` when it cannot be reached
+    or is too slow.
 
     Args:
         name: What the worker is called in messages.
@@ -101,7 +101,7 @@ class WorkerClient:
             raise self._as_error(error) from error
         return response.job
 
-    async def watch(self, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+    async def watch(self, job_id: str, run_id: str, sequence: int) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         """Yield a job's events behind a number of a run; ends with the job, or before it when the time is up."""
         request = jobs_pb2.WatchJobRequest(job_id=job_id, after_sequence=sequence, run_id=run_id)
         call = self._jobs.WatchJob(request, timeout=self._watch_timeout)

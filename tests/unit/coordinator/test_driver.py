@@ -1,7 +1,7 @@
 """The driver on the real engine and database, with workers that answer at once."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -51,7 +51,9 @@ class PromptWorkers:
     async def get(self, worker: str, job_id: str) -> jobs_pb2.Job:
         raise AssertionError
 
-    def watch(self, worker: str, job_id: str, run_id: str, sequence: int) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+    def watch(
+        self, worker: str, job_id: str, run_id: str, sequence: int
+    ) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         raise AssertionError
 
     async def cancel(self, worker: str, job_id: str, timeout_seconds: float) -> jobs_pb2.Job:

@@ -1,7 +1,7 @@
 """One job through all kinds of trouble, against workers that follow a script."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
@@ -66,7 +66,7 @@ class ScriptedWorkers:
 
     async def watch(
         self, worker: str, job_id: str, run_id: str, sequence: int
-    ) -> AsyncIterator[jobs_pb2.WatchJobResponse]:
+    ) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         self.watches.append((run_id, sequence))
         while self.current:
             item = self.current.pop(0)
