@@ -1,5 +1,8 @@
 """The generator's side of joint training, message by message, in the process of one CoTrain stream."""
 
+import math
+from typing import Final
+
 import numpy as np
 import torch
 
@@ -11,6 +14,9 @@ from services.generator.states import Effort, load_state, save_state
 from services.generator.synthesis import Batch, SynthesisParameters
 from services.generator.training import create_synthesizer
 
+# Room in a message for what is not tensor data.
+_OVERHEAD: Final = 4096
+
 
 class JointTraining:
     """Answers the student's messages.
@@ -21,19 +27,34 @@ class JointTraining:
         request: What the client opened with.
         store: Holds the model and the states.
         threads: CPU threads to compute with.
+        max_message_bytes: Largest message that can be sent.
 
     Raises:
-        InvalidArgumentError: The model or the state cannot be used.
+        InvalidArgumentError: The model or the state cannot be used, or a batch does not fit into a message.
         NotFoundError: The store does not hold them.
     """
 
-    def __init__(self, request: generator_pb2.CoTrainOpen, store: ArtifactStore, threads: int) -> None:
+    def __init__(
+        self, request: generator_pb2.CoTrainOpen, store: ArtifactStore, threads: int, max_message_bytes: int
+    ) -> None:
         self._store = store
         parameters = SynthesisParameters.of(request.generator, request.batch_size, request.seed)
         self._synthesizer, self._belongs_to = create_synthesizer(request.model, parameters, store, threads)
+        self._check_size(max_message_bytes)
         if request.HasField("resume_from"):
             load_state(store, request.resume_from, self._synthesizer, self._belongs_to)
         self._batch: Batch | None = None
+
+    def _check_size(self, limit: int) -> None:
+        made = self._synthesizer
+        for_each = 4 * (math.prod(made.input_shape) + made.num_classes) + 8
+        if made.parameters.batch_size * for_each + _OVERHEAD > limit:
+            raise InvalidArgumentError(
+                f"a batch of {made.parameters.batch_size} such images does not fit into a message of {limit} bytes; "
+                f"send at most {(limit - _OVERHEAD) // for_each}, or raise max_message_bytes on both servers",
+                reason="BATCH_TOO_LARGE",
+                field="open.batch_size",
+            )
 
     def draw(self) -> generator_pb2.CoTrainResponse:
         """Return the next batch."""

@@ -70,7 +70,7 @@ def serve(opening: generator_pb2.CoTrainOpen, settings: GeneratorSettings, inbox
         outlet.flush()
 
     store = ArtifactStore(settings.artifact_url, settings.cache_dir)
-    training = JointTraining(opening, store, settings.torch_threads)
+    training = JointTraining(opening, store, settings.torch_threads, settings.max_message_bytes)
     send(training.draw())
     while (message := inbox.next()) is not None:
         match message.WhichOneof("message"):

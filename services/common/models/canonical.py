@@ -159,14 +159,19 @@ class _Rewriter:
         results = [run[node] for run in self._runs]
         if isinstance(results[0], (int, float, bool, torch.Size, torch.dtype, torch.device, str)):
             return _static(results)
-        args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
-        constants = [item for item in _leaves((args, kwargs)) if isinstance(item, Constant)]
-        if constants and not any(isinstance(item, (fx.Node, BatchDependent)) for item in _leaves((args, kwargs))):
-            return self._fold(node, args, kwargs, constants[0].fqn)
         try:
-            return self._apply(node, args, kwargs)
-        except TypeError as error:
-            raise refuse("MODEL_NOT_TRACEABLE", f"the call {node.format_node()} is not understood") from error
+            return self._call(node)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            detail = f"the call {node.format_node()} is not understood"
+            raise refuse("MODEL_NOT_TRACEABLE", f"the model cannot be brought into a known form: {detail}") from error
+
+    def _call(self, node: fx.Node) -> Any:
+        args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
+        leaves = _leaves((args, kwargs))
+        constants = [item for item in leaves if isinstance(item, Constant)]
+        if constants and not any(isinstance(item, (fx.Node, BatchDependent)) for item in leaves):
+            return self._fold(node, args, kwargs, constants[0].fqn)
+        return self._apply(node, args, kwargs)
 
     def _apply(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_module":

@@ -34,7 +34,7 @@ def read_program(archive: Pt2Archive) -> tuple[fx.GraphModule, tuple[int, ...], 
     """
     try:
         return _Reader(archive).read()
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
         raise refuse("MODEL_ARCHIVE_INVALID", "the graph in the .pt2 does not follow torch.export's schema") from error
 
 

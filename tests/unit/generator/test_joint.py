@@ -17,7 +17,7 @@ def _zeros(*shape: int) -> common_pb2.Tensor:
 
 def test_what_the_student_sends_is_checked(tmp_path: Path) -> None:
     store = ArtifactStore((tmp_path / "store").as_uri())
-    training = JointTraining(generator_pb2.CoTrainOpen(model=teacher(store, tmp_path), batch_size=4), store, 1)
+    training = JointTraining(generator_pb2.CoTrainOpen(model=teacher(store, tmp_path), batch_size=4), store, 1, 1 << 20)
     response = training.draw()
     assert response.batch.iteration == 0
     assert list(response.batch.images.shape) == [4, 3, 8, 8]
@@ -39,3 +39,12 @@ def test_what_the_student_sends_is_checked(tmp_path: Path) -> None:
     after = training.save().saved
     assert after.iteration == 1
     assert after.state.digest != before.state.digest
+
+
+def test_a_batch_must_fit_into_a_message(tmp_path: Path) -> None:
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    opening = generator_pb2.CoTrainOpen(model=teacher(store, tmp_path), batch_size=4096)
+    with pytest.raises(InvalidArgumentError) as caught:
+        JointTraining(opening, store, 1, 1 << 20)
+    assert (caught.value.reason, caught.value.field) == ("BATCH_TOO_LARGE", "open.batch_size")
+    assert str(((1 << 20) - 4096) // (4 * (192 + 5) + 8)) in caught.value.message
