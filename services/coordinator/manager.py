@@ -79,7 +79,7 @@ class PipelineManager:
         await self._calls.call(check_spec, spec, self._store)
         pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id)
         if created:
-            log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, request_id=request_id)
+            log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, client_request_id=request_id)
             # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
             await self._engine.start(pipeline.pipeline_id, 1)
         return pipeline

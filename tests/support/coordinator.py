@@ -192,5 +192,3 @@ class CoordinatorProcess(ServerProcess):
     @property
     def module(self) -> str:
         return "services.coordinator"
-
-
