@@ -157,6 +157,12 @@ class Pt2Archive:
             InvalidArgumentError: MODEL_TRUNCATED, MODEL_UNSAFE_PICKLE, MODEL_UNSAFE_CODE,
                 MODEL_VERSION_UNSUPPORTED, MODEL_ARCHIVE_INVALID or MODEL_TOO_LARGE.
         """
+        try:
+            self._open(path)
+        except (TypeError, LookupError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise refuse("MODEL_ARCHIVE_INVALID", "the .pt2 does not follow torch.export's schema") from error
+
+    def _open(self, path: Path) -> None:
         with open_zip(path) as archive:
             self._archive = archive
             roots = {PurePosixPath(name).parts[0] for name in archive.namelist()}

@@ -5,7 +5,9 @@ integer functions of ``operator`` for symbolic sizes), so a graph cannot call an
 guards and metadata are not read: :mod:`services.common.models.canonical` finds the sizes again by propagation.
 """
 
+import keyword
 import operator
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,6 +20,8 @@ _OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     f"_operator.{name}": getattr(operator, name)
     for name in ("add", "sub", "mul", "floordiv", "mod", "neg", "eq", "ne", "ge", "le", "gt", "lt", "getitem")
 }
+# A module cannot be named like an attribute of the module that holds it.
+_RESERVED: Final = frozenset(dir(fx.GraphModule)) | frozenset(vars(nn.Module()))
 # Checks that torch.export leaves in the graph; they compute nothing.
 _ASSERTIONS: Final = ("sym_constrain_range", "_assert_scalar", "_assert_tensor_metadata", "_assert_async", "_guards_fn")
 # ATen calls without a place in inference of a CNN: they read files or need a generator's state.
@@ -88,6 +92,7 @@ class _Reader:
     def _read_tensor(self, number: int, name: str, fqn: str) -> None:
         if fqn not in self._tensors:
             raise refuse("MODEL_TRUNCATED", f"the .pt2 lacks the data of {fqn!r}")
+        _check_name(fqn)
         attribute = f"tensor_{number}"
         self._root.register_buffer(attribute, self._tensors[fqn])
         node = self._graph.get_attr(attribute)
@@ -118,8 +123,11 @@ class _Reader:
             value, name = self._argument(item["arg"]), item["name"]
             if not schema or positions.get(name) == len(args):
                 args.append(value)
-            else:
+            elif any(name == argument.name for argument in schema):
                 kwargs[name] = value
+            else:
+                # Not just an error later: fx writes names of arguments into Python source as they are.
+                raise refuse("MODEL_ARCHIVE_INVALID", f"{target} has no argument {name!r}")
         return args, kwargs
 
     def _bind(self, outputs: list[dict[str, Any]], node: fx.Node) -> None:
@@ -180,6 +188,17 @@ class _Reader:
     def _symbol(self, value: dict[str, Any]) -> Any:
         ((kind, content),) = value.items()
         return self._values[content] if kind == "as_name" else content
+
+
+def _check_name(fqn: str) -> None:
+    """Refuse names that a parameter cannot have.
+
+    Modules of the graph are named after their parameters, and fx writes these names into Python source as they are, so
+    a name with a quote in it would be code.
+    """
+    for part in fqn.split("."):
+        if not re.fullmatch(r"[A-Za-z0-9_]+", part) or keyword.iskeyword(part) or part in _RESERVED:
+            raise refuse("MODEL_ARCHIVE_INVALID", f"the .pt2 names a parameter {fqn!r}, which PyTorch does not allow")
 
 
 def _aten(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Files that would run code, or fill memory, when loaded as torch loads them."""
 
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -115,6 +116,33 @@ def test_operators_outside_aten_are_refused(archive: Path, tmp_path: Path, refus
 
     path = rewrite(archive, tmp_path / "evil.pt2", {"models/model.json": edit_json(edit)})
     assert refusal(path).reason == "MODEL_NOT_TRACEABLE"
+
+
+def test_names_of_arguments_are_not_code(archive: Path, tmp_path: Path, refusal: Refusal) -> None:
+    """fx writes them into Python source, which it compiles and runs."""
+    marker = tmp_path / "ran"
+
+    def edit(value: Any) -> None:
+        node = value["graph_module"]["graph"]["nodes"][-1]
+        code = f"bias=__import__('pathlib').Path({str(marker)!r}).touch(), x"
+        node["inputs"][-1]["name"] = code
+
+    path = rewrite(archive, tmp_path / "evil.pt2", {"models/model.json": edit_json(edit)})
+    assert refusal(path).reason == "MODEL_ARCHIVE_INVALID"
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ['x") or print("', "a b", "x;y", "", "class", "forward", "_modules", "__class__", "ähm", "x\n"]
+)
+def test_names_of_parameters_are_not_code(name: str, archive: Path, tmp_path: Path, refusal: Refusal) -> None:
+    """fx writes these too: a quote would end the string that it puts around them."""
+
+    def rename(text: bytes) -> bytes:
+        return text.replace(b'"stem.0.weight"', json.dumps(f"{name}.weight").encode())
+
+    path = rewrite(archive, tmp_path / "evil.pt2", {"models/model.json": rename, WEIGHTS: rename})
+    assert refusal(path).reason == "MODEL_ARCHIVE_INVALID"
 
 
 def test_compressed_entries_are_refused(archive: Path, tmp_path: Path, refusal: Refusal) -> None:
