@@ -15,8 +15,8 @@ class QuantizerSettings(ServerSettings):
         default="127.0.0.1:50051", description="host:port of the generator, for joint training."
     )
     dataset_root: Path = Field(
-        default=Path("/usr/share/datasets"),
-        description="Folder that labelled sets are read from, and nothing above it.",
+        default_factory=lambda: Path.cwd() / "granq-data" / "datasets",
+        description="Folder that Dataset.path is relative to; requests cannot leave it.",
     )
     torch_threads: int = Field(
         default=0, ge=0, le=1024, description="CPU threads of a job; 0 takes PyTorch's default, the number of cores."

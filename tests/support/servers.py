@@ -1,0 +1,104 @@
+"""Starts the real servers as processes on ports that the system chooses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+READY_SECONDS = 60.0
+
+
+class ServerProcess:
+    """One service's process, with an artifact store and dataset root shared by all under ``folder``.
+
+    After ``kill`` and ``start`` it listens on the port that it had before, as a restarted pod behind its name would.
+    """
+
+    def __init__(self, name: str, folder: Path, **settings: str) -> None:
+        self.name = name
+        self._folder = folder
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+        self.metrics_port = 0
+
+    @property
+    def module(self) -> str:
+        """What is run."""
+        return f"services.{self.name}"
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What the server has written so far."""
+        return (self._folder / f"{self.name}.log").read_text(errors="replace")
+
+    def environment(self) -> Mapping[str, str]:
+        """Environment of the process."""
+        ready = self._folder / f"{self.name}.ready"
+        settings = {
+            "PORT": str(self.port),
+            "METRICS_PORT": str(self.metrics_port),
+            "ARTIFACT_URL": (self._folder / "artifacts").as_uri(),
+            "CACHE_DIR": str(self._folder / "cache"),
+            "READY_FILE": str(ready),
+            "LOG_FORMAT": "json",
+            "TORCH_THREADS": "1",
+            "ONNX_THREADS": "1",
+            **{key.upper(): value for key, value in self._settings.items()},
+        }
+        return os.environ | {f"GRANQ_{key}": value for key, value in settings.items()}
+
+    def start(self) -> "ServerProcess":
+        """Start, and return when it serves."""
+        ready = self._folder / f"{self.name}.ready"
+        ready.unlink(missing_ok=True)
+        with (self._folder / f"{self.name}.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self.module], env=self.environment(), stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + READY_SECONDS
+        while not ready.exists():
+            assert self._process.poll() is None, f"{self.name} ended at once:\n{self.log}"
+            assert time.monotonic() < deadline, f"{self.name} is not ready:\n{self.log}"
+            time.sleep(0.02)
+        bound = json.loads(ready.read_text())
+        self.port, self.metrics_port = bound["port"], bound["metrics_port"]
+        return self
+
+    def children(self) -> list[psutil.Process]:
+        """Processes that the server has started."""
+        return list(psutil.Process(self.pid).children(recursive=True))
+
+    def kill(self) -> None:
+        """SIGKILL, and return when it is gone."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self, seconds: float = 30.0) -> int:
+        """SIGTERM; return the exit code."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
