@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import grpc
 import numpy as np
@@ -134,7 +135,8 @@ async def test_cancelled_within_seconds(evaluator: Evaluator) -> None:
         key=key("e4"), onnx_float=evaluator.put(), dataset=evaluator.labelled(50_000), batch_size=1
     )
     await evaluator.calls.StartEvaluate(request)
-    children = []
+    children: list[psutil.Process] = []
+    begin = 0.0
     async for event in evaluator.jobs.WatchJob(jobs_pb2.WatchJobRequest(job_id="e4")):
         if event.job.progress.phase == "evaluating" and not children:
             children = psutil.Process().children(recursive=True)
@@ -178,7 +180,7 @@ async def test_missing_runtime_is_told_at_once(evaluator: Evaluator) -> None:
         await evaluator.calls.StartBuildEngine(request)
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert "pip install tensorrt" in (caught.value.details() or "")
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(cast(grpc.Call, caught.value))
     info = error_details_pb2.ErrorInfo()
     assert any(d.Unpack(info) for d in status.details)
     assert info.reason == "RUNTIME_NOT_INSTALLED"
