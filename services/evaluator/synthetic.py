@@ -8,14 +8,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from services.common.errors import InvalidArgumentError
+from services.common.synthetic import held_out
 
 FIELD = "synthetic_set"
 
 
 class SyntheticSet:
-    """Images and the teacher's logits in a safetensors file, read batch by batch.
+    """The held-out images of a safetensors file and the teacher's logits, read batch by batch.
 
-    Its labels are what the images were made for, not truth, and are left alone.
+    The images before them may have trained what is measured, and are left out. So are the labels: they are what the
+    images were made for, not truth.
 
     Args:
         path: The file, with "images" float32 N×C×H×W and "logits" float32 N×K.
@@ -47,9 +49,10 @@ class SyntheticSet:
             )
         if not self._shape[0]:
             raise InvalidArgumentError("the set holds no images", field=FIELD)
+        self._first = int(self._shape[0]) - held_out(int(self._shape[0]))
 
     def __len__(self) -> int:
-        return int(self._shape[0])
+        return int(self._shape[0]) - self._first
 
     def require(self, input_shape: Sequence[int], num_classes: int) -> None:
         """Raise InvalidArgumentError unless a model with this input (C, H, W) and this many classes fits the set."""
@@ -68,8 +71,8 @@ class SyntheticSet:
         """
         with safe_open(self._path, framework="numpy") as file:
             images, logits = file.get_slice("images"), file.get_slice("logits")
-            for start in range(0, len(self), count):
-                end = min(start + count, len(self))
+            for start in range(self._first, self._shape[0], count):
+                end = min(start + count, self._shape[0])
                 pair = images[start:end], logits[start:end]
                 if not all(np.isfinite(part).all() for part in pair):
                     raise InvalidArgumentError("images and logits must be finite numbers", field=FIELD)

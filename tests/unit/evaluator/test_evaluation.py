@@ -84,13 +84,14 @@ def test_labelled_set(bench: EvaluatorBench, tmp_path: Path) -> None:
     assert (last.step, last.total, last.metrics["top1_onnx_float"]) == (23, 23, by_form[FLOAT].accuracy.top1)
 
 
-def test_synthetic_set_has_no_truth(bench: EvaluatorBench, tmp_path: Path) -> None:
-    pixels = images(10)
+def test_synthetic_set_has_no_truth_and_only_its_held_out_images_count(bench: EvaluatorBench, tmp_path: Path) -> None:
+    pixels = images(40)
     teacher = logits_of(tmp_path, pixels)
+    teacher[:30] = -teacher[:30]  # were they looked at, they would disagree
     request = evaluator_pb2.StartEvaluateRequest(
         onnx_float=bench.put(quantized()),
         onnx_ort=bench.put(quantized(unsigned=True)),
-        synthetic_set=synthetic(bench, tmp_path, images=pixels, labels=np.zeros(10, np.int64), logits=teacher),
+        synthetic_set=synthetic(bench, tmp_path, images=pixels, labels=np.zeros(40, np.int64), logits=teacher),
     )
     result = evaluate_graphs(request, bench.context)
     assert result.dataset == "synthetic"
@@ -98,6 +99,7 @@ def test_synthetic_set_has_no_truth(bench: EvaluatorBench, tmp_path: Path) -> No
     for measurement in result.measurements:
         assert not measurement.accuracy.HasField("top1")
         assert measurement.accuracy.agreement == 100.0
+        assert measurement.accuracy.images == 10
         assert measurement.accuracy.sqnr_db > 80
         assert measurement.latency_batch == 10
 
