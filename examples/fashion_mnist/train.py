@@ -81,7 +81,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x, y = load_split(args.data, "train", torch.device("cpu"))
     x_test, y_test = load_split(args.data, "t10k", device)
-    model = resnet20(num_classes=10, in_channels=1).to(device, memory_format=torch.channels_last)
+    model = resnet20(num_classes=10, in_channels=1).to(memory_format=torch.channels_last).to(device)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = len(x) // args.batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * steps, pct_start=0.25)
@@ -97,10 +97,11 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
         top1 = accuracy(model, x_test, y_test)
         print(
-            f"epoch {epoch + 1:2d}  loss {total / steps:.4f}  test top-1 {top1:.2f} %  {time.monotonic() - start:.0f} s",
+            f"epoch {epoch + 1:2d}  loss {total / steps:.4f}  test top-1 {top1:.2f} %"
+            f"  {time.monotonic() - start:.0f} s",
             flush=True,
         )
     model = model.cpu().to(memory_format=torch.contiguous_format).eval()
@@ -109,8 +110,9 @@ def main() -> None:
         HERE / "resnet20.safetensors",
         metadata={"architecture": "resnet20", "num_classes": "10", "in_channels": "1"},
     )
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (x_test[:2].cpu(),), dynamic_shapes=({0: batch},))
+    # The archive keeps the example's whole storage, so it must be no slice of the test set.
+    example = torch.zeros(2, *x_test.shape[1:])
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(program, HERE / "resnet20.pt2")
 
 
