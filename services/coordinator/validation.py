@@ -8,14 +8,10 @@ import itertools
 from pathlib import PurePosixPath
 
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
+from services.common import defaults
 from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError, NotFoundError
 from services.coordinator.requests import simulation_only
-
-_DEFAULT_EPOCHS = 6
-_DEFAULT_WARMUP_EPOCHS = 2
-_DEFAULT_LAMBDA_LOWER = 0.1
-_DEFAULT_LAMBDA_UPPER = 0.8
 
 
 def check_spec(spec: coordinator_pb2.PipelineSpec, store: ArtifactStore) -> None:
@@ -62,8 +58,8 @@ def _check_model(model: common_pb2.ModelSource) -> None:
 
 
 def _check_training(training: common_pb2.TrainingConfig) -> None:
-    epochs = training.epochs if training.HasField("epochs") else _DEFAULT_EPOCHS
-    warmup = training.warmup_epochs if training.HasField("warmup_epochs") else _DEFAULT_WARMUP_EPOCHS
+    epochs = training.epochs if training.HasField("epochs") else defaults.EPOCHS
+    warmup = training.warmup_epochs if training.HasField("warmup_epochs") else defaults.warmup_epochs(epochs)
     if training.mode != common_pb2.TRAINING_MODE_REPLAY and 0 < epochs <= warmup:
         raise InvalidArgumentError(
             f"warmup_epochs {warmup} must be below epochs {epochs}: the student learns only after the warm-up",
@@ -77,8 +73,8 @@ def _check_training(training: common_pb2.TrainingConfig) -> None:
 
 
 def _check_generator(generator: common_pb2.GeneratorConfig) -> None:
-    lower = generator.lambda_lower if generator.HasField("lambda_lower") else _DEFAULT_LAMBDA_LOWER
-    upper = generator.lambda_upper if generator.HasField("lambda_upper") else _DEFAULT_LAMBDA_UPPER
+    lower = generator.lambda_lower if generator.HasField("lambda_lower") else defaults.LAMBDA_LOWER
+    upper = generator.lambda_upper if generator.HasField("lambda_upper") else defaults.LAMBDA_UPPER
     if lower > upper:
         raise InvalidArgumentError(
             f"lambda_lower {lower} is above lambda_upper {upper}", field="spec.synthesis.generator.lambda_lower"

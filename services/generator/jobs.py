@@ -29,7 +29,7 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
     iterations = config.iterations if config.HasField("iterations") else 400
     interval = config.checkpoint_interval if config.HasField("checkpoint_interval") else 100
     parameters = SynthesisParameters.of(
-        config.generator, config.batch_size if config.HasField("batch_size") else 64, config.seed
+        config.generator, config.batch_size if config.HasField("batch_size") else 32, config.seed
     )
     begin = time.monotonic()
     context.report("loading")

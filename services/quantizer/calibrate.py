@@ -1,7 +1,11 @@
-"""Initial scales of a deployable student, from synthetic images: the clip of least mean squared error.
+"""Initial scales of a deployable student, from synthetic images.
 
 One forward pass in order of execution sets every scale from what reaches it, so that a layer's range already sees the
 quantization of the layers before it. Training (``training.py``) then moves the scales by gradient.
+
+Activations start at the largest magnitude of each channel: synthetic images tend to reach less far than real ones, and
+a tighter clip that is optimal for them cuts real signals off. Weights of four bits and more start at their largest
+magnitude too; below, the few levels are better spent on the clip of least mean squared error.
 """
 
 import math
@@ -11,10 +15,11 @@ from torch import Tensor, nn
 
 from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
 
+CLIP_BELOW_BITS = 4  # of weights: see above
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
 MIN_RATIO = 0.1
-SAMPLES = 16384  # values of a channel that the search looks at
 DEAD_RATIO = 1e-2  # floor of a channel's scale, relative to the tensor's largest: a channel silent on synthetic images
+BIAS_CODES = 2**22  # largest code of a bias: leaves the accumulator, exact below 2^24, room for the sum
 ELEMENTS = 2**24  # of input that a calibration batch may hold, so that activations fit in memory
 
 
@@ -35,28 +40,25 @@ def best_scale(values: Tensor, lo: int, hi: int) -> Tensor:
     return torch.where(largest > 0, best, 0.0).squeeze(1)
 
 
-def _with_floor(scale: Tensor) -> Tensor:
-    largest = float(scale.max())
-    return scale.clamp_min(DEAD_RATIO * largest if largest > 0 else 1.0)
-
-
 def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
     if not isinstance(quantizer, ActivationQuantizer):
         raise TypeError(type(quantizer).__name__)
     (x,) = args
-    values = x.detach().transpose(0, 1).reshape(x.shape[1], -1)
-    stride = max(1, values.shape[1] // SAMPLES)
-    # A stride that shares no factor with the row length would be ideal; an odd one already visits all columns.
-    values = values[:, :: stride | 1][:, :SAMPLES].float()
-    scale = _with_floor(best_scale(values, quantizer.code_range.lo, quantizer.code_range.hi))
-    quantizer.log_scale.data.copy_(scale.log())
+    largest = x.detach().abs().amax(tuple(d for d in range(x.dim()) if d != 1))
+    scale = largest / quantizer.code_range.hi
+    top = float(scale.max())
+    quantizer.log_scale.data.copy_(scale.clamp_min(DEAD_RATIO * top if top > 0 else 1.0).log())
 
 
 def _set_weight_step(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     if not isinstance(layer, QuantizedLayer):
         raise TypeError(type(layer).__name__)
-    step = best_scale(layer.folded_weight().detach().flatten(1), -layer.limit, layer.limit)
-    layer.log_step.data.copy_(_with_floor(step).log())
+    weight = layer.folded_weight().detach().flatten(1)
+    clipped = layer.bits.weight < CLIP_BELOW_BITS
+    step = best_scale(weight, -layer.limit, layer.limit) if clipped else weight.abs().amax(1) / layer.limit
+    # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
+    step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
+    layer.log_step.data.copy_(torch.where(step > 0, step, 1.0).log())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from granq.v1 import common_pb2
+from services.common import defaults
 from services.common.errors import InvalidArgumentError
 
 
@@ -124,9 +125,9 @@ class Training:
     """Quantization-aware training, in the units of the contract."""
 
     co_train: bool = True
-    epochs: int = 6
+    epochs: int = defaults.EPOCHS
     iterations_per_epoch: int = 200
-    warmup_epochs: int = 2
+    warmup_epochs: int = defaults.warmup_epochs(defaults.EPOCHS)
     batch_size: int = 16
     learning_rate: float = 1e-3
     momentum: float = 0.9
@@ -162,6 +163,7 @@ class Training:
             )
             if message.HasField(name)
         }
+        given.setdefault("warmup_epochs", defaults.warmup_epochs(given.get("epochs", defaults.EPOCHS)))
         result = cls(
             co_train=message.mode != common_pb2.TRAINING_MODE_REPLAY,
             cosine=message.schedule != common_pb2.LEARNING_RATE_SCHEDULE_STEP,
@@ -185,8 +187,8 @@ class GeneratorLosses:
 
     alpha_disagreement: float = 0.2
     alpha_agreement: float = 0.1
-    lambda_lower: float = 0.1
-    lambda_upper: float = 0.8
+    lambda_lower: float = defaults.LAMBDA_LOWER
+    lambda_upper: float = defaults.LAMBDA_UPPER
     beta: float = 1.0
 
     @classmethod

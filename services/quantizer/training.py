@@ -23,7 +23,7 @@ from services.quantizer.config import GeneratorLosses, Training
 from services.quantizer.losses import generator_loss, student_loss
 from services.quantizer.student import stop_tracking, trainable
 
-SCALE_LEARNING_RATE = 1e-2  # of Adam on the logarithms of the scales: at most about 1 % a step
+SCALE_LEARNING_RATE = 1e-3  # of Adam on the logarithms of the scales: about 0.1 % a step at most
 
 
 @dataclass
@@ -69,7 +69,10 @@ class Trainer:
         return float(0.1 ** sum(epoch >= m for m in self.training.milestones))
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Do one iteration; return (L_S, L_h + β·L_cls) as detached scalars, the latter 0 without a generator."""
+        """Do one iteration; return (L_S, L_h + β·L_cls) as detached scalars, the latter 0 without a generator.
+
+        L_S is given above its least value −τ²·ln K, which a student without error reaches.
+        """
         if self.iteration == self.training.warmup_iterations:
             stop_tracking(self.student)
         batch = self.source.next(self.iteration)
@@ -88,7 +91,8 @@ class Trainer:
         if learns:
             self._learn(loss)
         self.iteration += 1
-        return loss.detach(), generator.detach()
+        least = -(self.training.temperature**2) * math.log(student.shape[1])
+        return loss.detach() - least, generator.detach()
 
     def _learn(self, loss: Tensor) -> None:
         factor = self.rate(self.iteration)

@@ -5,6 +5,7 @@ Input 3×8×8 with integer codes as values, two 3×3 convolutions, a global aver
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,7 +44,7 @@ class Builder:
         self.constants[name] = np.asarray(value)
         return name
 
-    def add(self, kind: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
@@ -69,7 +70,7 @@ class Builder:
         codes = self.add("QuantizeLinear", [clipped, one, zero], f"{name}_codes", **axis)
         return self.add("DequantizeLinear", [codes, one, zero], name, **axis)
 
-    def layer(self, kind: str, source: str, name: str, shape: tuple[int, ...], **attributes: object) -> str:
+    def layer(self, kind: str, source: str, name: str, shape: tuple[int, ...], **attributes: Any) -> str:
         """Add a layer with integer weights and biases, and its output scale."""
         random = np.random.default_rng([self.seed, *name.encode()])
         most = self.largest_weight

@@ -137,10 +137,13 @@ def test_a_killed_joint_training_resumes_to_the_same_weights(
         assert job.state == jobs_pb2.JOB_STATE_FAILED
         assert job.failure.code == grpc.StatusCode.UNAVAILABLE.value[0]
     bench.starts.StartQuantize(request)
-    steps = []
-    job = bench.wait(
-        bench.quantizer, request.key.job_id, lambda job: steps.append(job.progress.step) or job.state in FINAL
-    )
+    steps: list[int] = []
+
+    def note(job: jobs_pb2.Job) -> bool:
+        steps.append(job.progress.step)
+        return job.state in FINAL
+
+    job = bench.wait(bench.quantizer, request.key.job_id, note)
     assert_equal(bench.weights(job), undisturbed)
     first = next(step for step in steps if step)
     assert first > 4, "began anew instead of resuming from a checkpoint"

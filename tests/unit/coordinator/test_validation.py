@@ -46,7 +46,7 @@ NPZ, IDX = common_pb2.DATASET_FORMAT_NPZ, common_pb2.DATASET_FORMAT_IDX
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (_training(epochs=2), "spec.training.warmup_epochs"),
+        (_training(epochs=2, warmup_epochs=2), "spec.training.warmup_epochs"),
         (_training(epochs=3, warmup_epochs=3), "spec.training.warmup_epochs"),
         (_training(warmup_epochs=6), "spec.training.warmup_epochs"),
         (_training(milestones=[5, 5]), "spec.training.milestones"),
@@ -76,6 +76,7 @@ def test_contradictions_are_refused(store: ArtifactStore, change: Callable[[Spec
         _training(epochs=0),
         _training(epochs=1, mode=common_pb2.TRAINING_MODE_REPLAY),
         _training(epochs=3, warmup_epochs=0),
+        _training(epochs=2),
         _dataset(path="fashion/test", format=IDX),
         _model(format=common_pb2.MODEL_FORMAT_SAFETENSORS),
     ],
