@@ -22,6 +22,8 @@ from tempfile import TemporaryDirectory
 from dataset import NAME, find
 
 MODEL = Path(__file__).parent / "resnet20.pt2"
+# Enough for this small network, and minutes on two cores.
+EFFORT = ["--synthesis-iterations", "200", "--epochs", "6", "--iterations", "100"]
 # As train.py prepares its images.
 PREPROCESSING = ["--mean", "0.2860", "--std", "0.3530"]
 GRANQ = [sys.executable, "-m", "granq.cli"]
@@ -65,7 +67,7 @@ def main() -> int:
         TemporaryDirectory(prefix="granq-demo-") as scratch,
         servers((options.data or Path(scratch)).resolve(), datasets) as address,
     ):
-        command = ["quantize", str(MODEL), "--weight-bits", "4", "--activation-bits", "4"]
+        command = ["quantize", str(MODEL), "--weight-bits", "4", "--activation-bits", "4", *EFFORT]
         command += ["--dataset", NAME, "--dataset-format", "idx", "--split", "t10k", *PREPROCESSING]
         command += ["--address", address, "--out", str(options.out), *extra]
         print(f"$ granq {shlex.join(command)}", flush=True)
