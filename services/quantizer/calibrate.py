@@ -3,8 +3,10 @@
 One forward pass in order of execution sets every scale from what reaches it, so that a layer's range already sees the
 quantization of the layers before it. Training (``training.py``) then moves the scales by gradient.
 
-Activations start at the largest magnitude of each channel: synthetic images tend to reach less far than real ones, and
-a tighter clip that is optimal for them cuts real signals off. Weights of four bits and more start at their largest
+Activations start at the largest magnitude of each channel on synthetic images, or at what the model's BatchNorm layers
+promise (``reach.py``) where that is more: synthetic images reach less far than real ones, and a clip fit to them cuts
+real signals off. The image itself starts at three standard deviations or more, since a white pixel of real
+data often lies beyond the generator's extremes. Weights of four bits and more start at their largest
 magnitude too; below, the few levels are better spent on the clip of least mean squared error.
 """
 
@@ -44,7 +46,10 @@ def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> Non
     if not isinstance(quantizer, ActivationQuantizer):
         raise TypeError(type(quantizer).__name__)
     (x,) = args
-    largest = x.detach().abs().amax(tuple(d for d in range(x.dim()) if d != 1))
+    dims = tuple(d for d in range(x.dim()) if d != 1)
+    largest = x.detach().abs().amax(dims)
+    if quantizer.reach is not None:
+        largest = torch.maximum(largest, quantizer.reach.to(x.device))
     scale = largest / quantizer.code_range.hi
     top = float(scale.max())
     quantizer.log_scale.data.copy_(scale.clamp_min(DEAD_RATIO * top if top > 0 else 1.0).log())

@@ -24,7 +24,21 @@ def _put(
     store: ArtifactStore, tensors: dict[str, Tensor], metadata: dict[str, str], name: str
 ) -> artifacts_pb2.Artifact:
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    return store.put_bytes(save(contiguous, metadata), name=name, media_type=_MEDIA_TYPE)
+    return store.put_bytes(_canonical(save(contiguous, metadata)), name=name, media_type=_MEDIA_TYPE)
+
+
+def _canonical(file: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted by key.
+
+    The library writes metadata in an order that differs from call to call. Artifacts are named by their content, so the
+    same model would get another name each time.
+    """
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    return len(text).to_bytes(8, "little") + text + file[end:]
 
 
 def save_checkpoint(store: ArtifactStore, trainer: Trainer, seconds: float) -> artifacts_pb2.Artifact:

@@ -90,12 +90,16 @@ def set_module(graph_module: fx.GraphModule, name: str, module: nn.Module) -> No
     setattr(graph_module.get_submodule(parent), leaf, module)
 
 
-def fold_batch_norms(graph_module: fx.GraphModule) -> None:
+def fold_batch_norms(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
     """Fold each BatchNorm that directly follows a layer it alone reads into that layer's weight and bias, in place.
 
     With γ, β, μ, σ² frozen, BN(W∗x + b) = (W·γ/√(σ²+ε))∗x + (b − μ)·γ/√(σ²+ε) + β. A BatchNorm that follows anything
     else (a concatenation, a sum) stays as it is, in evaluation mode.
+
+    Returns:
+        The removed BatchNorm nodes, each with the layer's node whose output is now the BatchNorm's.
     """
+    folded: dict[fx.Node, fx.Node] = {}
     for node in list(graph_module.graph.nodes):
         norm = module_of(graph_module, node)
         if not isinstance(norm, BATCH_NORM_TYPES):
@@ -117,5 +121,7 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> None:
         layer.bias = nn.Parameter(((bias - mean.double()) * factor + shift).float())
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
+        folded[node] = source
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    return folded

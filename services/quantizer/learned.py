@@ -95,13 +95,22 @@ class ActivationQuantizer(nn.Module):
     """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape; one learned scale per channel.
 
     ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
-    or below ceiling/hi, so that clipping the codes also does the clipping of the activation.
+    or below ceiling/hi, so that clipping the codes also does the clipping of the activation. ``reach`` is the magnitude
+    (C) that the model's own statistics promise, or None where they say nothing; calibration looks at it.
     """
 
     log_scale: nn.Parameter
 
-    def __init__(self, channels: int, code_range: CodeRange, bits: int, ceiling: float | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        code_range: CodeRange,
+        bits: int,
+        ceiling: float | None = None,
+        reach: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.reach = reach
         self.code_range = code_range
         self.bits = bits
         self.ceiling = ceiling

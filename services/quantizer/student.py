@@ -39,6 +39,7 @@ from services.quantizer.learned import (
     QuantizedConv2d,
     QuantizedLinear,
 )
+from services.quantizer.reach import IMAGE_REACH, propagate, reach
 
 POOL_BITS = 8  # of the input of a global average pooling that no layer reads: see learned.CodesMean
 
@@ -75,14 +76,19 @@ def build_student(model: fx.GraphModule, quantization: Quantization) -> fx.Graph
 
 
 def _deployable(student: fx.GraphModule, quantization: Quantization) -> None:
-    fold_batch_norms(student)
+    moments = propagate(student)
+    for norm, producer in fold_batch_norms(student).items():
+        moments[producer] = moments[norm]
     quantizers: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]] = {}
 
     def codes_of(source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
         if (source, bits) not in quantizers:
             ceiling = ceiling_of(student, source)
             code_range = CodeRange.of(bits, signed=not is_non_negative(student, source))
-            quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling)
+            promised = reach(moments[source], bits) if source in moments else None
+            if source.op == "placeholder":
+                promised = torch.full((channels_of(source),), IMAGE_REACH)
+            quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised)
             name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in quantizers) else "")
             quantizers[source, bits] = insert_module(student, source, source, name, quantizer), quantizer
         return quantizers[source, bits]
