@@ -1,6 +1,7 @@
 """Makes .pt2 archives, and changes them as an attacker or a broken disk would."""
 
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,3 +63,18 @@ class Payload:
 
 def _touch(path: str) -> None:
     Path(path).touch()
+
+
+def with_pickled_constant(archive: Path, target: Path, marker: Path) -> Path:
+    """Copy an archive and add a constant that creates ``marker`` when it is unpickled, as torch's own loader does."""
+
+    def edit(value: Any) -> None:
+        value["config"]["evil"] = {
+            "path_name": "opaque_obj_0",
+            "is_param": False,
+            "use_pickle": True,
+            "tensor_meta": None,
+        }
+
+    changes = {"data/constants/model_constants_config.json": edit_json(edit)}
+    return rewrite(archive, target, changes, {"data/constants/opaque_obj_0": pickle.dumps(Payload(marker))})

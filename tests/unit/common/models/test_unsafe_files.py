@@ -12,24 +12,10 @@ import pytest
 import torch
 
 from services.common.errors import InvalidArgumentError
-from tests.support.pt2 import Payload, edit_json, rewrite
+from tests.support.pt2 import Payload, edit_json, rewrite, with_pickled_constant
 
 Refusal = Callable[..., InvalidArgumentError]
-CONSTANTS = "data/constants/model_constants_config.json"
 WEIGHTS = "data/weights/model_weights_config.json"
-
-
-def _opaque_constant(archive: Path, target: Path, marker: Path) -> Path:
-    def edit(value: Any) -> None:
-        value["config"]["evil"] = {
-            "path_name": "opaque_obj_0",
-            "is_param": False,
-            "use_pickle": True,
-            "tensor_meta": None,
-        }
-
-    payload = pickle.dumps(Payload(marker))
-    return rewrite(archive, target, {CONSTANTS: edit_json(edit)}, {"data/constants/opaque_obj_0": payload})
 
 
 def _pickled_weight(archive: Path, target: Path, marker: Path) -> Path:
@@ -62,7 +48,7 @@ def _pickled_inputs(archive: Path, target: Path, marker: Path) -> Path:
     return rewrite(archive, target, {"data/sample_inputs/model.pt": lambda _: payload})
 
 
-MAKERS = (_opaque_constant, _pickled_weight, _evaluated_size, _pickled_inputs)
+MAKERS = (with_pickled_constant, _pickled_weight, _evaluated_size, _pickled_inputs)
 
 
 @pytest.mark.parametrize("make", MAKERS)
