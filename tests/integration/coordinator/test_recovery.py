@@ -118,10 +118,10 @@ async def test_a_watcher_is_sent_away_at_a_graceful_stop_and_goes_on_later(
 
 async def test_ready_quickly_idle_and_without_torch(coordinator: CoordinatorProcess) -> None:
     coordinator.stop()
-    began = time.monotonic()
     await asyncio.to_thread(coordinator.start)
-    assert time.monotonic() - began < 10  # 3 s are meant; a loaded test machine takes longer
     process = psutil.Process(coordinator.pid)
+    # Processor time, not wall time: a loaded test machine must not decide.
+    assert sum(process.cpu_times()[:2]) < 5
     maps = {Path(region.path).name for region in process.memory_maps()}
     assert not any(name.startswith("libtorch") for name in maps)
     with urllib.request.urlopen(f"http://127.0.0.1:{coordinator.metrics_port}/metrics", timeout=10) as answer:
