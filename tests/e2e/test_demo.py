@@ -11,7 +11,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples" / "fashion_mnist" / "demo.py"
-FEW = ["--epochs", "2", "--warmup-epochs", "1", "--iterations", "3", "--synthesis-iterations", "3", "--images", "64"]
+FEW = [
+    "--mode",
+    "co-train",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "1",
+    "--iterations",
+    "3",
+    "--synthesis-iterations",
+    "3",
+    "--images",
+    "64",
+]
 IMAGES = 200
 
 
