@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from dataset import NAME, find
 
 MODEL = Path(__file__).parent / "resnet20.pt2"
-# Enough for this small network, and minutes on two cores. Replay, because in so few iterations a student learns more from
-# a finished synthetic set than beside a generator that is still learning.
+# Enough for this small network, and minutes on two cores. Replay, because in so few iterations a student learns more
+# from a finished synthetic set than beside a generator that is still learning.
 EFFORT = ["--mode", "replay", "--synthesis-iterations", "500", "--images", "1536"]
 EFFORT += ["--epochs", "3", "--iterations", "100", "--batch", "32"]
 # As train.py prepares its images.
