@@ -61,7 +61,7 @@ def quantized(model: nn.Module, quantization: Quantization) -> tuple[torch.fx.Gr
     ],
     ids=["residual-w8a8", "residual-mixed", "bottleneck-w4a8"],
 )
-def test_both_files_equal_the_integer_form_bit_for_bit(
+def test_both_files_compute_what_the_integer_form_computes(
     model: nn.Module, quantization: Quantization, tmp_path: Path
 ) -> None:
     student, images = quantized(model, quantization)
