@@ -11,6 +11,7 @@ from typing import Self
 from granq.v1 import common_pb2, generator_pb2
 from services.common.errors import InternalError, ResourceExhaustedError, UnavailableError, from_failure
 from services.common.jobs import wire
+from services.common.jobs.process import child_environment
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
 from services.generator.settings import GeneratorSettings
@@ -56,8 +57,7 @@ class JointSession:
                 str(os.getpid()),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                # The process finds modules where this one does, whatever its working folder is.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env=child_environment(),
                 start_new_session=True,
             )
         except OSError as error:

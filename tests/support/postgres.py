@@ -35,26 +35,36 @@ class PostgresServer:
     def __init__(self, folder: Path, account: str | None) -> None:
         self._folder = folder
         self._account = account
+        self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"postgresql://granq@/postgres?host={folder}"
         initdb = ["initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "granq", "-E", "UTF8", "--no-sync"]
         subprocess.run(initdb, user=account, cwd=folder, check=True, capture_output=True)
 
     def start(self) -> None:
-        """Start, and return when it takes connections."""
-        options = ["-c", "listen_addresses=", "-k", str(self._folder), "-c", "fsync=off"]
-        self._process = subprocess.Popen(
-            ["postgres", "-D", str(self._folder / "data"), *options],
-            user=self._account,
-            cwd=self._folder,
-            stderr=subprocess.DEVNULL,
-        )
+        """Start, and return when it takes connections.
+
+        Begins again as long as the server leaves: after a hard stop the last process may not have let go of the
+        shared memory yet, and a service manager would try again, too.
+        """
         ready = ["pg_isready", "-h", str(self._folder), "-U", "granq", "-d", "postgres"]
         deadline = time.monotonic() + 30
+        self._begin()
         while subprocess.run(ready, capture_output=True, check=False).returncode != 0:
-            assert time.monotonic() < deadline, "PostgreSQL did not start in time"
-            assert self._process.poll() is None, "PostgreSQL ended at its start"
+            assert time.monotonic() < deadline, f"PostgreSQL did not start in time: {self._log.read_text()[-2000:]}"
+            if self._process is None or self._process.poll() is not None:
+                self._begin()
             time.sleep(0.05)
+
+    def _begin(self) -> None:
+        options = ["-c", "listen_addresses=", "-k", str(self._folder), "-c", "fsync=off"]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                ["postgres", "-D", str(self._folder / "data"), *options],
+                user=self._account,
+                cwd=self._folder,
+                stderr=log,
+            )
 
     def stop(self) -> None:
         """End at once and break all connections, as a failed machine would."""
