@@ -32,6 +32,8 @@ def model_source(
     input_shape: Sequence[int] = (),
     num_classes: int | None = None,
     format: str = "unspecified",
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
 ) -> common_pb2.ModelSource:
     """Name a pretrained model: an uploaded .pt2, or weights and the architecture that they are for.
 
@@ -41,6 +43,8 @@ def model_source(
         input_shape: (channels, height, width) of one image; may be empty for .pt2.
         num_classes: Number of logits, where the weights do not say.
         format: "torch-export", "safetensors" or "state-dict". Default: detected.
+        mean: Mean that the model's input subtracts from pixels divided by 255; one value, or one per channel.
+        std: Standard deviation that it divides by.
 
     Raises:
         ValueError: Unknown format.
@@ -52,6 +56,7 @@ def model_source(
         architecture=architecture,
         num_classes=num_classes,
         input_shape=input_shape,
+        normalization=common_pb2.Normalization(mean=mean, std=std) if mean or std else None,
     )
 
 
@@ -97,6 +102,7 @@ def training_config(
     warmup_epochs: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    feature_weight: float | None = None,
     schedule: str = "unspecified",
     milestones: Sequence[int] = (),
     seed: int | None = None,
@@ -116,6 +122,7 @@ def training_config(
         warmup_epochs=warmup_epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        feature_weight=feature_weight,
         schedule=fall,
         milestones=milestones,
         seed=seed,

@@ -53,6 +53,10 @@ def quantize(
     num_classes: Annotated[
         int | None, typer.Option(help="Classes, if the weights do not say.", rich_help_panel=MODEL)
     ] = None,
+    mean: Annotated[
+        str, typer.Option(help="Subtracted from pixels/255; one value, or one per channel.", rich_help_panel=MODEL)
+    ] = "",
+    std: Annotated[str, typer.Option(help="Divided by; as --mean.", rich_help_panel=MODEL)] = "",
     weight_bits: Annotated[int, typer.Option("--weight-bits", "-w", help="2 to 8.", rich_help_panel=MODEL)] = 4,
     activation_bits: Annotated[int, typer.Option("--activation-bits", "-a", help="2 to 8.", rich_help_panel=MODEL)] = 4,
     override: Annotated[
@@ -67,6 +71,9 @@ def quantize(
     iterations: Annotated[int | None, typer.Option(help="Iterations in an epoch.", rich_help_panel=TRAIN)] = None,
     batch: Annotated[int | None, typer.Option(help="Images in an iteration.", rich_help_panel=TRAIN)] = None,
     lr: Annotated[float | None, typer.Option(help="Initial learning rate.", rich_help_panel=TRAIN)] = None,
+    feature_weight: Annotated[
+        float | None, typer.Option(help="Weight of feature distillation.", rich_help_panel=TRAIN)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.", rich_help_panel=TRAIN)] = None,
     synthesis_iterations: Annotated[
         int | None, typer.Option(help="Generator steps before images are drawn.", rich_help_panel=TRAIN)
@@ -83,8 +90,6 @@ def quantize(
     center_crop: Annotated[int | None, typer.Option(help="Side kept, in pixels.", rich_help_panel=DATA)] = None,
     pad: Annotated[int, typer.Option(help="Black pixels added on each side.", rich_help_panel=DATA)] = 0,
     channels: Annotated[int | None, typer.Option(help="1, or 3.", rich_help_panel=DATA)] = None,
-    mean: Annotated[str, typer.Option(help="One value, or one per channel: 0.5,0.4,0.4.", rich_help_panel=DATA)] = "",
-    std: Annotated[str, typer.Option(help="As --mean.", rich_help_panel=DATA)] = "",
     limit: Annotated[int, typer.Option(help="Only the first so many images; 0: all.", rich_help_panel=DATA)] = 0,
     engine: Annotated[Engine, typer.Option(help="Engine to build.", rich_help_panel=RESULT)] = Engine.AUTO,
     sm: Annotated[
@@ -119,6 +124,7 @@ def quantize(
             warmup_epochs=warmup_epochs,
             batch_size=batch,
             learning_rate=lr,
+            feature_weight=feature_weight,
             seed=seed,
         )
         shape = parse_numbers(input_shape, int, "--input-shape")
@@ -139,7 +145,12 @@ def quantize(
                 limit=limit,
             )
         source = specs.model_source(
-            _model_artifact(client, model, as_json), architecture=arch, input_shape=shape, num_classes=num_classes
+            _model_artifact(client, model, as_json),
+            architecture=arch,
+            input_shape=shape,
+            num_classes=num_classes,
+            mean=statistics[0],
+            std=statistics[1],
         )
         spec = specs.pipeline_spec(
             source,

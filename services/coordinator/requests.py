@@ -60,6 +60,17 @@ def simulation_only(spec: coordinator_pb2.PipelineSpec) -> bool:
     return spec.quantization.activation_granularity in _SIMULATED
 
 
+def model_of(spec: coordinator_pb2.PipelineSpec) -> common_pb2.ModelSource:
+    """Return the model as the workers get it: its normalization is that of the labelled set where it names none."""
+    preprocessing = spec.dataset.preprocessing
+    if spec.model.HasField("normalization") or not (preprocessing.mean or preprocessing.std):
+        return spec.model
+    model = common_pb2.ModelSource()
+    model.CopyFrom(spec.model)
+    model.normalization.CopyFrom(common_pb2.Normalization(mean=preprocessing.mean, std=preprocessing.std))
+    return model
+
+
 def applies(stage: int, spec: coordinator_pb2.PipelineSpec) -> bool:
     """Return whether a stage has something to do for this spec."""
     if stage == Stage.STAGE_EXPORT:
@@ -75,17 +86,17 @@ def stage_calls(stage: int, pipeline: coordinator_pb2.Pipeline) -> list[JobCall]
     calls: list[JobCall] = []
     match stage:
         case Stage.STAGE_VALIDATE:
-            inspect = quantizer_pb2.StartInspectRequest(model=spec.model, quantization=spec.quantization)
+            inspect = quantizer_pb2.StartInspectRequest(model=model_of(spec), quantization=spec.quantization)
             calls.append(JobCall("quantizer", inspect))
         case Stage.STAGE_SYNTHESIZE:
-            synthesize = generator_pb2.StartSynthesizeRequest(model=spec.model)
+            synthesize = generator_pb2.StartSynthesizeRequest(model=model_of(spec))
             if spec.HasField("synthesis"):
                 synthesize.synthesis.CopyFrom(spec.synthesis)
             calls.append(JobCall("generator", synthesize))
         case Stage.STAGE_QUANTIZE:
             calls.append(JobCall("quantizer", _quantize(spec, results)))
         case Stage.STAGE_EXPORT:
-            export = quantizer_pb2.StartExportRequest(model=spec.model, quantized_model=results.quantization.model)
+            export = quantizer_pb2.StartExportRequest(model=model_of(spec), quantized_model=results.quantization.model)
             calls.append(JobCall("quantizer", export))
         case Stage.STAGE_BUILD_ENGINES:
             for number, target in enumerate(spec.engines, 1):
@@ -103,7 +114,7 @@ def _quantize(
     spec: coordinator_pb2.PipelineSpec, results: coordinator_pb2.PipelineResults
 ) -> quantizer_pb2.StartQuantizeRequest:
     request = quantizer_pb2.StartQuantizeRequest(
-        model=spec.model, quantization=spec.quantization, synthetic_set=results.synthesis.dataset
+        model=model_of(spec), quantization=spec.quantization, synthetic_set=results.synthesis.dataset
     )
     if spec.HasField("training"):
         request.training.CopyFrom(spec.training)
@@ -128,7 +139,7 @@ def _evaluations(spec: coordinator_pb2.PipelineSpec, results: coordinator_pb2.Pi
         calls.append(JobCall("evaluator", evaluate, "graphs" if labelled else ""))
     if labelled:
         simulate = quantizer_pb2.StartSimulateRequest(
-            model=spec.model, quantized_model=results.quantization.model, dataset=spec.dataset
+            model=model_of(spec), quantized_model=results.quantization.model, dataset=spec.dataset
         )
         calls.append(JobCall("quantizer", simulate, "simulation"))
     return calls

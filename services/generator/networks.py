@@ -61,14 +61,40 @@ class UpsampledConv2d(nn.Conv2d):
         return F.conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
 
 
+class Pixels(nn.Module):
+    """Maps −1 to black and 1 to white, N×C×H×W; both are float32 C."""
+
+    centre: torch.Tensor
+    amplitude: torch.Tensor
+
+    def __init__(self, black: torch.Tensor, white: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("centre", ((black + white) / 2).view(1, -1, 1, 1))
+        self.register_buffer("amplitude", ((white - black) / 2).view(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the images."""
+        return self.centre + self.amplitude * x
+
+
 class ConditionalGenerator(nn.Module):
-    """z (N×100), y (N) → images N×C×H×W, each channel with mean 0 and variance 1 over the batch.
+    """z (N×100), y (N) → images N×C×H×W.
+
+    Without ``pixel_range`` each channel has mean 0 and variance 1 over the batch, as published. With it, images reach
+    from black to white and no further: real images are full of areas that are exactly black or white, in which every
+    neighbour has the same rounding error, and a student that never saw such areas drifts in them. The mean and variance
+    of the images then follow from the statistics of the first BatchNorm.
 
     For H and W that are multiples of 4 the feature maps are (H/4)×(W/4), (H/2)×(W/2) and H×W, as published; for other
     sizes the first two are rounded up. Runs in training mode always: BatchNorm uses the batch at hand.
     """
 
-    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        num_classes: int,
+        pixel_range: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         super().__init__()
         channels, height, width = input_shape
         self._sizes = [(math.ceil(height / d), math.ceil(width / d)) for d in (4, 2, 1)]
@@ -87,7 +113,7 @@ class ConditionalGenerator(nn.Module):
         self.conv2 = UpsampledConv2d(128, 64)
         self.norm2 = norm(64, _EPSILON)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
-        self.norm3 = nn.BatchNorm2d(channels, affine=False)
+        self.output: nn.Module = nn.BatchNorm2d(channels, affine=False) if pixel_range is None else Pixels(*pixel_range)
 
     def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the images."""
@@ -98,5 +124,5 @@ class ConditionalGenerator(nn.Module):
         x = F.leaky_relu(self.norm1(x, labels), 0.2)
         x = self.conv2(x, self._sizes[2])
         x = F.leaky_relu(self.norm2(x, labels), 0.2)
-        images: torch.Tensor = self.norm3(torch.tanh(self.conv3(x)))
+        images: torch.Tensor = self.output(torch.tanh(self.conv3(x)))
         return images

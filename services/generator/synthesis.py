@@ -81,6 +81,7 @@ class Synthesizer:
         num_classes: Number of the teacher's logits.
         parameters: Of the training.
         device: Where to compute.
+        pixel_range: What black and white are, float32 C each, or None.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Synthesizer:
         num_classes: int,
         parameters: SynthesisParameters,
         device: torch.device,
+        pixel_range: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.parameters = parameters
         self.input_shape = input_shape
@@ -101,7 +103,7 @@ class Synthesizer:
         # The weights are drawn on the CPU from the seed alone, without a trace in the process's own random state.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(parameters.seed)
-            self.generator = ConditionalGenerator(input_shape, num_classes)
+            self.generator = ConditionalGenerator(input_shape, num_classes, pixel_range)
         self.generator.to(device).train()
         self._random = torch.Generator().manual_seed(parameters.seed)
         self._optimizer = torch.optim.Adam(self.generator.parameters(), lr=parameters.learning_rate, betas=_BETAS)

@@ -29,7 +29,9 @@ def create_synthesizer(
     """
     device = prepare_torch(threads)
     teacher = load_model(model, store)
-    synthesizer = Synthesizer(teacher.module, teacher.input_shape, teacher.num_classes, parameters, device)
+    synthesizer = Synthesizer(
+        teacher.module, teacher.input_shape, teacher.num_classes, parameters, device, teacher.pixel_range
+    )
     belongs_to = {
         "model": model.artifact.digest,
         "architecture": model.architecture,
@@ -40,5 +42,6 @@ def create_synthesizer(
         "learning_rate": parameters.learning_rate,
         "beta": parameters.beta,
         "gamma": parameters.gamma,
+        "normalization": [list(model.normalization.mean), list(model.normalization.std)],
     }
     return synthesizer, belongs_to

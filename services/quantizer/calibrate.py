@@ -5,9 +5,10 @@ quantization of the layers before it. Training (``training.py``) then moves the 
 
 Activations start at the largest magnitude of each channel on synthetic images, or at what the model's BatchNorm layers
 promise (``reach.py``) where that is more: synthetic images reach less far than real ones, and a clip fit to them cuts
-real signals off. The image itself starts at three standard deviations or more, since a white pixel of real
-data often lies beyond the generator's extremes. Weights of four bits and more start at their largest
-magnitude too; below, the few levels are better spent on the clip of least mean squared error.
+real signals off. The image itself starts at the larger of black and white, or at three standard deviations where these
+are not known, since a white pixel of real data often lies beyond the generator's extremes. Weights of four bits and
+more start at their largest magnitude too; below, the few levels are better spent on the clip of least mean squared
+error.
 """
 
 import math

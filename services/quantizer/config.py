@@ -2,11 +2,13 @@
 
 import enum
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from granq.v1 import common_pb2
 from services.common import defaults
 from services.common.errors import InvalidArgumentError
+
+FEATURE_WEIGHT = 3.0  # of a deployable student, where the request names none
 
 
 class ActivationGranularity(enum.Enum):
@@ -133,6 +135,7 @@ class Training:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     temperature: float = 20.0
+    feature_weight: float | None = None
     cosine: bool = True
     milestones: tuple[int, ...] = ()
     seed: int = 0
@@ -148,6 +151,12 @@ class Training:
         """First iterations, in which only the generator learns."""
         return min(self.warmup_epochs, self.epochs) * self.iterations_per_epoch if self.co_train else 0
 
+    def for_family(self, quantization: Quantization) -> "Training":
+        """Fill in what depends on the family of the student: the published method has no feature distillation."""
+        if self.feature_weight is not None:
+            return self
+        return replace(self, feature_weight=FEATURE_WEIGHT if quantization.deployable else 0.0)
+
     @classmethod
     def from_proto(cls, message: common_pb2.TrainingConfig) -> "Training":
         """Fill in the defaults of the contract.
@@ -159,7 +168,7 @@ class Training:
             name: getattr(message, name)
             for name in (
                 *("epochs", "iterations_per_epoch", "warmup_epochs", "batch_size", "learning_rate", "momentum"),
-                *("weight_decay", "temperature", "seed", "checkpoint_interval"),
+                *("weight_decay", "temperature", "feature_weight", "seed", "checkpoint_interval"),
             )
             if message.HasField(name)
         }

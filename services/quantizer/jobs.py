@@ -21,7 +21,7 @@ from services.quantizer.integer import float_operations, integer_layers, is_exac
 from services.quantizer.onnx_export import OPSET, export_float, export_trt, save
 from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.settings import QuantizerSettings
-from services.quantizer.student import build_student, simulated_logits, stop_tracking
+from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
 from services.quantizer.training import Progress, Trainer
 
 _ONNX = "application/onnx"
@@ -59,14 +59,14 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
     started = time.monotonic()
     device = _prepare(context.settings)
     quantization = Quantization.from_proto(request.quantization)
-    training = Training.from_proto(request.training)
+    training = Training.from_proto(request.training).for_family(quantization)
     losses = GeneratorLosses.from_proto(request.generator)
     context.report("loading")
     model = load_model(request.model, context.store)
     images = read_synthetic_set(
         context.store.local_path(request.synthetic_set.digest), model.input_shape, model.num_classes
     )
-    student = build_student(model.module, quantization).to(device)
+    student = build_student(model.module, quantization, model.pixel_range).to(device)
     checkpoint = context.load_checkpoint()
     earlier, generator_state = 0.0, ""
     tensors: dict[str, torch.Tensor] | None = None
@@ -78,7 +78,8 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
         set_ranges(student, quantization, images, device)
     source = _open_source(request, training, images, context, device, generator_state)
     try:
-        trainer = Trainer(student, training, losses, source)
+        teacher = no_grad_copy(model.module).to(device) if training.feature_weight else None
+        trainer = Trainer(student, training, losses, source, teacher)
         if tensors is not None:
             trainer.load_state(tensors, iteration)
         _train(trainer, context, lambda: earlier + time.monotonic() - started)

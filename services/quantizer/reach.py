@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
 
 IMAGE_REACH = 3.0
-"""Of the model's input: standardized by custom (and by construction in the generator), so three standard deviations."""
+"""Of an input whose pixel range is unknown: it is standardized by custom, so three standard deviations."""
 
 
 def deviations(bits: int) -> float:

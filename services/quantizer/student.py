@@ -49,12 +49,16 @@ def layer_names(model: fx.GraphModule) -> list[str]:
     return [str(node.target) for node, _ in layers(model)]
 
 
-def build_student(model: fx.GraphModule, quantization: Quantization) -> fx.GraphModule:
+def build_student(
+    model: fx.GraphModule, quantization: Quantization, pixel_range: tuple[Tensor, Tensor] | None = None
+) -> fx.GraphModule:
     """Return a student on ``model``'s weights; ``model`` is left as it is.
 
     Args:
         model: Module-level graph in evaluation mode with recorded shapes, as model intake returns it.
         quantization: Number formats.
+        pixel_range: What black and white are in the model's input, C each; None where nothing is known. The range of a
+            deployable student's image codes follows from it.
 
     Returns:
         Graph module, image N×C×H×W → logits N×K. In the deployable family scales are unset until ``calibrate``.
@@ -65,7 +69,10 @@ def build_student(model: fx.GraphModule, quantization: Quantization) -> fx.Graph
     """
     quantization.check_layers(layer_names(model))
     student = copy.deepcopy(model)
-    (_deployable if quantization.deployable else _simulated)(student, quantization)
+    if quantization.deployable:
+        _deployable(student, quantization, pixel_range)
+    else:
+        _simulated(student, quantization)
     student.graph.lint()
     student.recompile()
     student.eval()
@@ -75,7 +82,7 @@ def build_student(model: fx.GraphModule, quantization: Quantization) -> fx.Graph
     return student
 
 
-def _deployable(student: fx.GraphModule, quantization: Quantization) -> None:
+def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range: tuple[Tensor, Tensor] | None) -> None:
     moments = propagate(student)
     for norm, producer in fold_batch_norms(student).items():
         moments[producer] = moments[norm]
@@ -88,6 +95,8 @@ def _deployable(student: fx.GraphModule, quantization: Quantization) -> None:
             promised = reach(moments[source], bits) if source in moments else None
             if source.op == "placeholder":
                 promised = torch.full((channels_of(source),), IMAGE_REACH)
+                if pixel_range is not None:
+                    promised = torch.maximum(pixel_range[0].abs(), pixel_range[1].abs())
             quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised)
             name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in quantizers) else "")
             quantizers[source, bits] = insert_module(student, source, source, name, quantizer), quantizer

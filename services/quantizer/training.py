@@ -5,7 +5,7 @@ the images and the one of the student's loss by the parameters (the published wa
 
     S = student(x)
     g_x, g_T = ∂(L_h + β·L_cls)/∂x, ∂T    sent to the generator, which takes its step meanwhile
-    ∂L_S/∂parameters                       the student's own step; left out during warm-up
+    ∂(L_S + λ·L_F)/∂parameters             the student's own step; left out during warm-up; L_F: ``features.py``
 
 This is the same arithmetic as the published sequence, because the generator's step leaves the student as it is.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from services.quantizer.batches import BatchSource
 from services.quantizer.config import GeneratorLosses, Training
+from services.quantizer.features import FeatureLoss
 from services.quantizer.losses import generator_loss, student_loss
 from services.quantizer.student import stop_tracking, trainable
 
@@ -37,10 +38,24 @@ class Progress:
 
 
 class Trainer:
-    """Trains a student in place; its state can be taken and restored at any iteration boundary, bit for bit."""
+    """Trains a student in place; its state can be taken and restored at any iteration boundary, bit for bit.
+
+    Args:
+        student: From ``build_student``, its ranges set.
+        training: The schedule.
+        losses: Of the generator, when the source wants gradients.
+        source: Of the images.
+        teacher: Frozen copy of the float model on the student's device, whose features the student is to follow with
+            the weight ``training.feature_weight``; None without feature distillation.
+    """
 
     def __init__(
-        self, student: fx.GraphModule, training: Training, losses: GeneratorLosses, source: BatchSource
+        self,
+        student: fx.GraphModule,
+        training: Training,
+        losses: GeneratorLosses,
+        source: BatchSource,
+        teacher: fx.GraphModule | None = None,
     ) -> None:
         self.student = student
         self.training = training
@@ -58,6 +73,8 @@ class Trainer:
             nesterov=training.momentum > 0,
         )
         self._scales = torch.optim.Adam(scales, SCALE_LEARNING_RATE) if scales else None
+        self._teacher = teacher
+        self._features = FeatureLoss(teacher, student) if teacher is not None else None
 
     def rate(self, iteration: int) -> float:
         """Return the factor on the learning rates at ``iteration``, 0 to 1."""
@@ -78,6 +95,9 @@ class Trainer:
         batch = self.source.next(self.iteration)
         learns = self.iteration >= self.training.warmup_iterations
         images = batch.images.requires_grad_(self.source.wants_gradients)
+        if self._teacher is not None and learns:
+            with torch.no_grad():
+                self._teacher(images)
         student = self.student(images)
         generator = torch.zeros(())
         if self.source.wants_gradients:
@@ -89,7 +109,10 @@ class Trainer:
             self.source.answer(self.iteration, by_images, by_teacher)
         loss = student_loss(batch.logits.detach(), student, self.training.temperature)
         if learns:
-            self._learn(loss)
+            objective = loss
+            if self._features is not None and self.training.feature_weight is not None:
+                objective = loss + self.training.feature_weight * self._features()
+            self._learn(objective)
         self.iteration += 1
         least = -(self.training.temperature**2) * math.log(student.shape[1])
         return loss.detach() - least, generator.detach()

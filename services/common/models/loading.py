@@ -32,12 +32,14 @@ class LoadedModel:
         input_shape: Channels, height and width of one image.
         num_classes: Number of logits.
         format: Format that it was read as.
+        pixel_range: What black and white are in the model's input, float32 C each; None when the source does not say.
     """
 
     module: fx.GraphModule
     input_shape: tuple[int, int, int]
     num_classes: int
     format: "common_pb2.ModelFormat"
+    pixel_range: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def load_model(source: common_pb2.ModelSource, store: ArtifactStore) -> LoadedModel:
@@ -75,7 +77,22 @@ def load_model(source: common_pb2.ModelSource, store: ArtifactStore) -> LoadedMo
             "WEIGHTS_MISMATCH", f"the model has {result[1]} classes, not {source.num_classes}", "model.num_classes"
         )
     channels, height, width = shape
-    return LoadedModel(module, (channels, height, width), int(result[1]), found)
+    return LoadedModel(module, (channels, height, width), int(result[1]), found, _pixel_range(source, channels))
+
+
+def _pixel_range(source: common_pb2.ModelSource, channels: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not source.HasField("normalization"):
+        return None
+    given = {"mean": list(source.normalization.mean) or [0.0], "std": list(source.normalization.std) or [1.0]}
+    for name, values in given.items():
+        if len(values) not in (1, channels):
+            raise refuse(
+                "NORMALIZATION_MISMATCH",
+                f"{name} has {len(values)} values; the model takes {channels} channels",
+                f"model.normalization.{name}",
+            )
+    mean, std = (torch.tensor(values, dtype=torch.float64).expand(channels) for values in given.values())
+    return (-mean / std).float(), ((1 - mean) / std).float()
 
 
 def _load_program(source: common_pb2.ModelSource, path: Path) -> tuple[fx.GraphModule, tuple[int, ...]]:
