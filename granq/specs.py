@@ -167,8 +167,8 @@ def dataset(
 
     Args:
         source: Path below the evaluator's dataset root, or an uploaded .npz.
-        format: "image-folder", "idx" or "npz".
-        split: Prefix of the files of an IDX folder, such as "t10k".
+        format: "image-folder", "idx", "npz", "cifar" or "webdataset".
+        split: Prefix of the files of an IDX folder, such as "t10k"; "train" or "test" of CIFAR.
         resize: Length in pixels of the shorter side.
         center_crop: Side in pixels of the centred square that is kept.
         pad: Black pixels added on each side.

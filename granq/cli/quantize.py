@@ -39,6 +39,8 @@ class DatasetKind(StrEnum):
     IMAGE_FOLDER = "image-folder"
     IDX = "idx"
     NPZ = "npz"
+    CIFAR = "cifar"
+    WEBDATASET = "webdataset"
 
 
 MODEL, TRAIN, DATA, RESULT = "Model and bits", "Training", "Labelled set for the report", "Result"
@@ -85,7 +87,7 @@ def quantize(
     dataset_format: Annotated[
         DatasetKind | None, typer.Option(help="Default: npz by its name.", rich_help_panel=DATA)
     ] = None,
-    split: Annotated[str, typer.Option(help="Part of an IDX folder, such as t10k.", rich_help_panel=DATA)] = "",
+    split: Annotated[str, typer.Option(help="Part of an IDX or CIFAR set, such as t10k.", rich_help_panel=DATA)] = "",
     resize: Annotated[int | None, typer.Option(help="Pixels of the shorter side.", rich_help_panel=DATA)] = None,
     center_crop: Annotated[int | None, typer.Option(help="Side kept, in pixels.", rich_help_panel=DATA)] = None,
     pad: Annotated[int, typer.Option(help="Black pixels added on each side.", rich_help_panel=DATA)] = 0,
@@ -230,7 +232,7 @@ def dataset_kind(source: str, kind: DatasetKind | None) -> str:
         ValueError: Neither says it.
     """
     if kind is None and not source.endswith(".npz"):
-        raise ValueError("--dataset-format must be given: idx, image-folder or npz")
+        raise ValueError(f"--dataset-format must be given: {', '.join(DatasetKind)}")
     return kind or DatasetKind.NPZ
 
 

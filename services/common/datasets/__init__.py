@@ -1,4 +1,4 @@
-"""Readers of labelled image sets: IDX, NumPy archives and image folders, with their preprocessing. No torch."""
+"""Readers of labelled image sets (NumPy archives, image folders, IDX, CIFAR, WebDataset). No torch."""
 
 from services.common.datasets.base import LabelledSet
 from services.common.datasets.opening import open_dataset

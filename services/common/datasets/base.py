@@ -1,7 +1,7 @@
 """What every labelled set offers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,23 @@ class LabelledSet(ABC):
 
 def _size(shape: Sequence[int]) -> str:
     return "×".join(str(n) for n in shape)
+
+
+def regrouped(chunks: Iterable[NDArray[np.uint8]], batch: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield the rows of ``chunks``, arrays that agree in all axes but the first, ``batch`` at a time."""
+    pending: list[NDArray[np.uint8]] = []
+    count = 0
+    for chunk in chunks:
+        rest = chunk
+        while len(rest):
+            part, rest = rest[: batch - count], rest[batch - count :]
+            pending.append(part)
+            count += len(part)
+            if count == batch:
+                yield np.concatenate(pending)
+                pending, count = [], 0
+    if pending:
+        yield np.concatenate(pending)
 
 
 def limited(count: int, limit: int) -> int:

@@ -1,23 +1,16 @@
 """Image folders: one folder per class."""
 
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from services.common.datasets.base import Images, LabelledSet, limited
+from services.common.datasets.pictures import SUFFIXES, read_pictures
 from services.common.datasets.preprocessing import Preprocessor
 from services.common.errors import InvalidArgumentError
 
-# Decoders of the formats that sets come in; the many others of the image library stay out of reach of untrusted files.
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"})
-GREY_MODES = frozenset({"1", "L", "LA"})
-COLOUR_MODES = frozenset({"CMYK", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr"})
 FIELD = "dataset.path"
 
 
@@ -56,36 +49,9 @@ class ImageFolder(LabelledSet):
         super().__init__(description, np.array(labels[:count], np.int64))
 
     def _read(self, batch: int) -> Iterator[Images]:
-        pending: list[Images] = []
-        for file in self._files[: len(self)]:
-            image = self._preprocess(self._decode(file)[np.newaxis])
-            if pending and image.shape != pending[0].shape:
-                raise InvalidArgumentError(
-                    f"{file.relative_to(self._folder)} has {image.shape[1:]} channels, rows and columns after "
-                    f"preprocessing, the images before it {pending[0].shape[1:]}; set resize, center_crop and channels",
-                    field="dataset.preprocessing",
-                )
-            pending.append(image)
-            if len(pending) == batch:
-                yield np.concatenate(pending)
-                pending = []
-        if pending:
-            yield np.concatenate(pending)
-
-    def _decode(self, file: Path) -> NDArray[np.uint8]:
-        """Return uint8 H×W×C pixels, C of 1 or 3."""
-        name = file.relative_to(self._folder)
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                if image.mode in GREY_MODES:
-                    return np.asarray(image.convert("L"))[..., np.newaxis]
-                if image.mode in COLOUR_MODES:
-                    return np.asarray(image.convert("RGB"))
-                mode = image.mode
-        # The decoders tell of damaged files in all these ways.
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-            raise InvalidArgumentError(f"{name} is not a readable image: {error}", field=FIELD) from error
-        raise InvalidArgumentError(f"{name} has pixels of mode {mode!r}; save it with 8 bits per channel", field=FIELD)
+        files = self._files[: len(self)]
+        pictures = ((str(file.relative_to(self._folder)), file) for file in files)
+        return read_pictures(pictures, self._preprocess, batch, FIELD)
 
 
 def _image_files(root: Path, folder: Path) -> list[Path]:

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 
 from granq.v1 import common_pb2
 from services.common.datasets.base import LabelledSet
+from services.common.datasets.cifar import CifarSet
 from services.common.datasets.folder import ImageFolder
 from services.common.datasets.idx import IdxSet
 from services.common.datasets.npz import NpzSet
 from services.common.datasets.paths import resolve_under
 from services.common.datasets.preprocessing import Preprocessor
+from services.common.datasets.webdataset import WebDataset
 from services.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -46,4 +48,8 @@ def open_dataset(dataset: common_pb2.Dataset, root: Path, store: "ArtifactStore"
             return NpzSet(target, dataset.limit, preprocess, dataset.path, "dataset.path")
         case common_pb2.DATASET_FORMAT_IMAGE_FOLDER:
             return ImageFolder(root, target, dataset.limit, preprocess, dataset.path)
+        case common_pb2.DATASET_FORMAT_CIFAR:
+            return CifarSet(root, target, dataset.split, dataset.limit, preprocess, dataset.path)
+        case common_pb2.DATASET_FORMAT_WEBDATASET:
+            return WebDataset(root, target, dataset.limit, preprocess, dataset.path)
     raise InvalidArgumentError("dataset.format must be set", field="dataset.format")

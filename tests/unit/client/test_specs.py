@@ -6,7 +6,7 @@ import protovalidate
 import pytest
 
 import granq
-from granq.cli.quantize import Engine, dataset_kind, parse_engines, parse_numbers, parse_overrides
+from granq.cli.quantize import DatasetKind, Engine, dataset_kind, parse_engines, parse_numbers, parse_overrides
 from granq.local.plan import SERVICES, Plan
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
 
@@ -83,6 +83,7 @@ def test_dataset_format_is_taken_from_the_name_of_an_npz_only() -> None:
     assert dataset_kind("a/b.npz", None) == "npz"
     with pytest.raises(ValueError, match="--dataset-format"):
         dataset_kind("fashion", None)
+    assert dataset_kind("imagenet", DatasetKind.WEBDATASET) == "webdataset"
 
 
 def test_plan_gives_each_service_its_own_ports_and_the_addresses_it_needs() -> None:
