@@ -2,7 +2,7 @@
 
 import typer
 
-from granq.cli import artifacts, pipelines, quantize, up
+from granq.cli import artifacts, pipelines, quantize, recipes, up
 from granq.cli.exits import EPILOG
 
 
@@ -21,4 +21,5 @@ def build() -> typer.Typer:
     app.command("quantize", epilog=EPILOG)(quantize.quantize)
     app.add_typer(pipelines.app, name="pipelines")
     app.add_typer(artifacts.app, name="artifacts")
+    app.add_typer(recipes.app, name="recipes")
     return app

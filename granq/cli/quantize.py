@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from granq.client import Client
     from granq.v1.artifacts_pb2 import Artifact
     from granq.v1.common_pb2 import Dataset, EngineTarget
+    from granq.v1.coordinator_pb2 import PipelineSpec
 
 DIGEST_PREFIX = "sha256:"
 NumberT = TypeVar("NumberT", int, float)
@@ -59,13 +60,23 @@ def quantize(
         str, typer.Option(help="Subtracted from pixels/255; one value, or one per channel.", rich_help_panel=MODEL)
     ] = "",
     std: Annotated[str, typer.Option(help="Divided by; as --mean.", rich_help_panel=MODEL)] = "",
-    weight_bits: Annotated[int, typer.Option("--weight-bits", "-w", help="2 to 8.", rich_help_panel=MODEL)] = 4,
-    activation_bits: Annotated[int, typer.Option("--activation-bits", "-a", help="2 to 8.", rich_help_panel=MODEL)] = 4,
+    recipe: Annotated[
+        str, typer.Option(help="Shipped recipe or .yaml file, for what is not given here.", rich_help_panel=MODEL)
+    ] = "",
+    weight_bits: Annotated[
+        int | None, typer.Option("--weight-bits", "-w", help="2 to 8. Default: 4.", rich_help_panel=MODEL)
+    ] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option("--activation-bits", "-a", help="2 to 8. Default: 4.", rich_help_panel=MODEL)
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(help="LAYER:W:A for one layer; either may be empty; repeatable.", rich_help_panel=MODEL),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="Where training images come from.", rich_help_panel=TRAIN)] = Mode.CO_TRAIN,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(help="Where training images come from. Default: co-train.", rich_help_panel=TRAIN),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs, warm-up included.", rich_help_panel=TRAIN)] = None,
     warmup_epochs: Annotated[
         int | None, typer.Option(help="First epochs, for the generator alone.", rich_help_panel=TRAIN)
@@ -93,7 +104,9 @@ def quantize(
     pad: Annotated[int, typer.Option(help="Black pixels added on each side.", rich_help_panel=DATA)] = 0,
     channels: Annotated[int | None, typer.Option(help="1, or 3.", rich_help_panel=DATA)] = None,
     limit: Annotated[int, typer.Option(help="Only the first so many images; 0: all.", rich_help_panel=DATA)] = 0,
-    engine: Annotated[Engine, typer.Option(help="Engine to build.", rich_help_panel=RESULT)] = Engine.AUTO,
+    engine: Annotated[
+        Engine | None, typer.Option(help="Engine to build. Default: auto.", rich_help_panel=RESULT)
+    ] = None,
     sm: Annotated[
         list[str] | None, typer.Option(help="Compute capability such as 8.9; repeatable.", rich_help_panel=RESULT)
     ] = None,
@@ -110,17 +123,18 @@ def quantize(
 ) -> None:
     """Quantize a model: upload, submit, watch, fetch the bundle.
 
-    Values that are not given are the server's defaults. Ctrl-C leaves the pipeline running.
+    Values that are not given are the recipe's, or the server's defaults. Ctrl-C leaves the pipeline running.
     """
-    from granq import specs
+    from granq import recipes, specs
     from granq.cli.follow import finish, follow
 
     with connect(address) as client:
+        base = _recipe(recipe)
         quantization = specs.quantization_config(
-            weight_bits, activation_bits, overrides=parse_overrides(override or [])
+            weight_bits or 0, activation_bits or 0, overrides=parse_overrides(override or [])
         )
         training = specs.training_config(
-            mode=mode,
+            mode=mode or "unspecified",
             epochs=epochs,
             iterations_per_epoch=iterations,
             warmup_epochs=warmup_epochs,
@@ -131,12 +145,14 @@ def quantize(
         )
         shape = parse_numbers(input_shape, int, "--input-shape")
         statistics = parse_numbers(mean, float, "--mean"), parse_numbers(std, float, "--std")
-        engines = parse_engines(engine, sm or [])
+        engines = [] if recipe and engine is None and not sm else parse_engines(engine or Engine.AUTO, sm or [])
+        if engine is Engine.NONE:
+            base.ClearField("engines")
         labelled: Dataset | None = None
-        if dataset:
+        if dataset or base.HasField("dataset"):
             labelled = specs.dataset(
                 _dataset_source(client, dataset, as_json),
-                dataset_kind(dataset, dataset_format),
+                (dataset_format or "unspecified") if base.dataset.format else dataset_kind(dataset, dataset_format),
                 split=split,
                 resize=resize,
                 center_crop=center_crop,
@@ -146,6 +162,8 @@ def quantize(
                 std=statistics[1],
                 limit=limit,
             )
+            if not dataset:
+                labelled.ClearField("path")  # the recipe's stays
         source = specs.model_source(
             _model_artifact(client, model, as_json),
             architecture=arch,
@@ -154,7 +172,7 @@ def quantize(
             mean=statistics[0],
             std=statistics[1],
         )
-        spec = specs.pipeline_spec(
+        given = specs.pipeline_spec(
             source,
             quantization=quantization,
             training=training,
@@ -163,6 +181,7 @@ def quantize(
             dataset=labelled,
             display_name=name or (arch if model.startswith(DIGEST_PREFIX) else Path(model).name),
         )
+        spec = recipes.combine(base, given)
         pipeline = client.submit(spec, request_id=request_id)
         if detach:
             if as_json:
@@ -171,7 +190,7 @@ def quantize(
                 typer.echo(pipeline.pipeline_id)
             return
         stem = "model" if model.startswith(DIGEST_PREFIX) else Path(model).stem
-        folder = out or Path(f"{stem}-w{weight_bits}a{activation_bits}")
+        folder = out or Path(f"{stem}-w{spec.quantization.weight_bits}a{spec.quantization.activation_bits}")
         if not as_json:
             console().print(f"pipeline {pipeline.pipeline_id}")
         try:
@@ -179,6 +198,17 @@ def quantize(
         except Detached as left:
             raise Detached(f"{left} --out {folder}") from None
         finish(client, pipeline, folder, as_json=as_json, document_line=False)
+
+
+def _recipe(name: str) -> "PipelineSpec":
+    """Return what holds where the command line says nothing: the recipe, or this command's own defaults."""
+    from granq import recipes
+    from granq.v1.coordinator_pb2 import PipelineSpec
+
+    spec = recipes.load(name) if name else PipelineSpec()
+    spec.quantization.weight_bits = spec.quantization.weight_bits or 4
+    spec.quantization.activation_bits = spec.quantization.activation_bits or 4
+    return spec
 
 
 def parse_overrides(texts: list[str]) -> dict[str, tuple[int | None, int | None]]:

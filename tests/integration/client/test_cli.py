@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from granq.cli.app import build
 from granq.cli.exits import Exit
-from granq.v1 import coordinator_pb2
+from granq.v1 import common_pb2, coordinator_pb2
 from tests.support.fake_coordinator import FakeCoordinator, bundle, digest_of, serve
 
 CONTENT = b"weights" * 1000
@@ -83,6 +83,57 @@ def test_quantize_can_leave_the_pipeline_to_the_server(fake: FakeCoordinator, ad
     assert first.stdout == "p1\n"
     assert json.loads(again.stdout)["pipeline"]["pipeline_id"] == "p1"
     assert "WatchPipeline" not in fake.calls
+
+
+def test_a_recipe_fills_what_the_command_line_leaves(fake: FakeCoordinator, address: str, model: Path) -> None:
+    granq("quantize", model, "--detach", "--recipe", "simulated/cifar10-resnet20-w3a3", "--epochs", "9", "-a", "5")
+    spec = fake.pipelines["p1"].spec
+    assert (spec.quantization.weight_bits, spec.quantization.activation_bits) == (3, 5)
+    assert (spec.training.epochs, spec.training.warmup_epochs, list(spec.engines)) == (9, 4, [])
+    granq("quantize", model, "--detach", "--recipe", "deployable/small", "--engine", "none", "--mode", "co-train")
+    spec = fake.pipelines["p2"].spec
+    assert (spec.training.mode, spec.synthesis.iterations) == (common_pb2.TRAINING_MODE_CO_TRAIN, 500)
+    assert not spec.engines
+    granq("quantize", model, "--detach", "--recipe", "deployable/small", "--engine", "rtx")
+    assert [e.runtime for e in fake.pipelines["p3"].spec.engines] == [common_pb2.RUNTIME_TENSORRT_RTX]
+    granq("quantize", model, "--detach")
+    spec = fake.pipelines["p4"].spec
+    assert (spec.quantization.weight_bits, spec.quantization.activation_bits, len(spec.engines)) == (4, 4, 1)
+
+
+def test_a_recipe_may_prepare_the_labelled_set(
+    fake: FakeCoordinator, address: str, model: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "dataset: {path: sets/imagenet, format: DATASET_FORMAT_WEBDATASET, preprocessing: {resize: 256}}\n"
+    )
+    granq("quantize", model, "--detach", "--recipe", recipe, "--limit", "100")
+    dataset = fake.pipelines["p1"].spec.dataset
+    assert (dataset.path, dataset.preprocessing.resize, dataset.limit) == ("sets/imagenet", 256, 100)
+    granq("quantize", model, "--detach", "--recipe", recipe, "--dataset", "other", "--center-crop", "224")
+    dataset = fake.pipelines["p2"].spec.dataset
+    assert (dataset.path, dataset.format) == ("other", common_pb2.DATASET_FORMAT_WEBDATASET)
+    assert (dataset.preprocessing.resize, dataset.preprocessing.center_crop) == (256, 224)
+
+
+def test_a_wrong_recipe_is_a_usage_error(address: str, model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("training:\n  epoch: 3\n")
+    result = granq("quantize", model, "--recipe", recipe)
+    assert result.exit_code == Exit.USAGE
+    assert "mine.yaml:2: training.epoch: no such field" in result.stderr
+
+
+def test_recipes_are_listed_and_shown() -> None:
+    listed = json.loads(granq("recipes", "list", "--json").stdout)
+    assert {"deployable/default", "simulated/imagenet-resnet50-w4a4"} <= {entry["name"] for entry in listed}
+    assert "deployable/small" in granq("recipes", "list").stdout
+    shown = granq("recipes", "show", "deployable/small").stdout
+    assert "TRAINING_MODE_REPLAY" in shown
+    assert json.loads(granq("recipes", "show", "deployable/small", "--json").stdout)["training"]["epochs"] == 3
+    unknown = granq("recipes", "show", "none")
+    assert (unknown.exit_code, "no recipe 'none'" in unknown.stderr) == (Exit.USAGE, True)
 
 
 @pytest.mark.parametrize(
