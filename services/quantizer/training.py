@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from services.quantizer.batches import BatchSource
 from services.quantizer.config import GeneratorLosses, Training
+from services.quantizer.curve import LossCurve
 from services.quantizer.features import FeatureLoss
 from services.quantizer.losses import generator_loss, student_loss
 from services.quantizer.student import stop_tracking, trainable
@@ -62,6 +63,7 @@ class Trainer:
         self.losses = losses
         self.source = source
         self.iteration = 0
+        self.curve = LossCurve(training.iterations)
         self._epoch = torch.zeros(2, dtype=torch.float64)  # sum and count of L_S in the last epoch
         weights, scales = trainable(student)
         self._parameters = weights + scales
@@ -148,6 +150,7 @@ class Trainer:
                 raise FloatingPointError(
                     f"loss {losses.tolist()} at iteration {self.iteration}; lower the learning rate"
                 )
+            self.curve.add(self.iteration, losses)
             sums, count = sums + losses, count + 1
             if self.iteration > self.training.iterations - epoch:
                 self._epoch += torch.stack([losses[0].double(), torch.ones((), dtype=torch.float64)])
@@ -164,7 +167,7 @@ class Trainer:
         for prefix, optimizer in (("weights", self._weights), ("scales", self._scales)):
             if optimizer is not None:
                 tensors |= {f"{prefix}.{name}": value for name, value in _optimizer_tensors(optimizer).items()}
-        return tensors | {"epoch": self._epoch.clone()}
+        return tensors | {"epoch": self._epoch.clone(), "curve": self.curve.state()}
 
     def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
         """Go back to a state that ``state`` returned after ``iteration`` finished iterations."""
@@ -173,6 +176,8 @@ class Trainer:
         if self._scales is not None:
             _load_optimizer(self._scales, _under(tensors, "scales."))
         self._epoch = tensors["epoch"].clone()
+        if "curve" in tensors:  # checkpoints of earlier versions have none
+            self.curve.load_state(tensors["curve"])
         self.iteration = iteration
         if iteration > self.training.warmup_iterations:
             stop_tracking(self.student)
