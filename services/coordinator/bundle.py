@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
 from services.common.artifacts import ArtifactStore, ArtifactWriter
-from services.coordinator.report import report_json, report_markdown
+from services.coordinator.report import GRID, PICTURE, report_json, report_markdown
 
 _CHUNK = 1024 * 1024
 # Zip's first day. With the true time, a repeated REPORT stage would make another bundle of the same content.
@@ -57,6 +57,17 @@ def bundle_files(results: coordinator_pb2.PipelineResults) -> list[BundleFile]:
             ),
             BundleFile("model_float.onnx", export.onnx_float, "Float model"),
         ]
+    for path, artifact, note in (
+        (GRID, results.synthesis.grid, "Synthetic images of each class; framed where the float model sees another"),
+        (PICTURE, results.quantization.diagnostics_picture, "Losses, and the noise of each layer"),
+        (
+            "report/diagnostics.json",
+            results.quantization.diagnostics,
+            "Those figures, and the clip ranges",
+        ),
+    ):
+        if artifact.digest:
+            files.append(BundleFile(path, artifact, note))
     for number, outcome in enumerate(results.engines, 1):
         if outcome.WhichOneof("outcome") == "engine":
             manifest = outcome.engine.manifest

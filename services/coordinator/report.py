@@ -9,6 +9,8 @@ from granq.v1 import common_pb2, coordinator_pb2, reports_pb2
 from services.coordinator.requests import simulation_only
 
 REPORT_VERSION = 1
+# Where pictures lie in the bundle, beside the report.
+GRID, PICTURE = "report/synthetic_images.png", "report/diagnostics.png"
 
 _FORMS = {
     reports_pb2.MEASURED_FORM_FLOAT: "Float model",
@@ -63,6 +65,12 @@ def report_markdown(pipeline: coordinator_pb2.Pipeline, files: Sequence[tuple[st
     if results.export.float_operations:
         lines += ["", "## Operations that stay in floating point", ""]
         lines += [f"- {_text(name)}" for name in results.export.float_operations]
+    for title, path, artifact in (
+        ("Synthetic images", GRID, results.synthesis.grid),
+        ("Training and noise of the layers", PICTURE, results.quantization.diagnostics_picture),
+    ):
+        if artifact.digest:
+            lines += ["", f"## {title}", "", f"![{title}]({path})"]
     if files:
         lines += ["", "## Files", ""]
         rows = [(f"`{name}`", f"{size:,}", note) for name, size, note in files]

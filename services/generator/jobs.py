@@ -6,6 +6,7 @@ import time
 from granq.v1 import generator_pb2, jobs_pb2, reports_pb2
 from services.common.errors import FailedPreconditionError
 from services.common.jobs import JobContext
+from services.generator.grid import draw_grid
 from services.generator.settings import GeneratorSettings
 from services.generator.states import Effort, load_state, save_state
 from services.generator.synthesis import SynthesisParameters
@@ -65,8 +66,11 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         context.report("drawing", written, num_images)
 
     dataset, agreement = write_set(context.store, synthesizer, num_images, on_progress)
+    context.report("picturing")
+    grid = draw_grid(context.store.local_path(dataset.digest), synthesizer.generator)
     result = reports_pb2.SynthesisResult(
         dataset=dataset,
+        grid=context.store.put_bytes(grid, name="synthetic_images.png", media_type="image/png"),
         num_images=num_images,
         bn_loss=effort.bn_loss,
         label_agreement=agreement,

@@ -4,6 +4,7 @@ safetensors holds tensors and text only, so reading one can run no code.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,7 @@ from granq.v1 import artifacts_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
 from services.quantizer.config import Quantization
+from services.quantizer.diagnostics import Layers
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 
@@ -41,17 +43,49 @@ def _canonical(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[end:]
 
 
-def save_checkpoint(store: ArtifactStore, trainer: Trainer, seconds: float) -> artifacts_pb2.Artifact:
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training was, beside the tensors of its trainer.
+
+    Attributes:
+        tensors: What ``Trainer.load_state`` takes.
+        iteration: Finished iterations.
+        generator: Digest of the generator's state, or "".
+        seconds: Time spent.
+        before: What ``diagnostics.measure`` found before the training; None in a checkpoint of an earlier version.
+    """
+
+    tensors: dict[str, Tensor]
+    iteration: int
+    generator: str
+    seconds: float
+    before: Layers | None
+
+
+def save_checkpoint(
+    store: ArtifactStore, trainer: Trainer, seconds: float, before: Layers | None
+) -> artifacts_pb2.Artifact:
     """Store all that training goes on from, the generator's state included by its digest."""
-    metadata = {"iteration": str(trainer.iteration), "generator": trainer.source.save(), "seconds": repr(seconds)}
+    metadata = {
+        "iteration": str(trainer.iteration),
+        "generator": trainer.source.save(),
+        "seconds": repr(seconds),
+        "before": json.dumps(before),
+    }
     return _put(store, trainer.state(), metadata, "training.safetensors")
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, str, float]:
-    """Return (tensors, finished iterations, digest of the generator's state or "", seconds spent)."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return what ``save_checkpoint`` stored."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    return load_file(path), int(metadata["iteration"]), metadata["generator"], float(metadata["seconds"])
+    return Checkpoint(
+        load_file(path),
+        int(metadata["iteration"]),
+        metadata["generator"],
+        float(metadata["seconds"]),
+        json.loads(metadata.get("before", "null")),
+    )
 
 
 def save_student(

@@ -26,7 +26,7 @@ class LossCurve:
         stretch[2] += 1
 
     def points(self) -> list[tuple[int, float, float]]:
-        """Return (last iteration of a stretch, mean L_S, mean of the generator's loss) for each stretch that is done."""
+        """Return (last iteration, mean L_S, mean of the generator's loss) for each stretch that is done."""
         found = []
         for index, (student, generator, count) in enumerate(self._sums.tolist()):
             if count:

@@ -12,9 +12,10 @@ from services.common.datasets import open_dataset
 from services.common.errors import FailedPreconditionError, InternalError
 from services.common.jobs import JobContext
 from services.common.models.loading import LoadedModel, load_model, summarize
+from services.quantizer import diagnostics, picture
 from services.quantizer.batches import BatchSource, ReplaySource, SyntheticSet, read_synthetic_set
 from services.quantizer.calibrate import calibrate
-from services.quantizer.checkpoint import load_checkpoint, load_student, save_checkpoint, save_student
+from services.quantizer.checkpoint import Checkpoint, load_checkpoint, load_student, save_checkpoint, save_student
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.generator_client import CoTrainSource, opening
 from services.quantizer.integer import float_operations, integer_layers, is_exact, packed_bytes, to_integer
@@ -67,35 +68,40 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
         context.store.local_path(request.synthetic_set.digest), model.input_shape, model.num_classes
     )
     student = build_student(model.module, quantization, model.pixel_range).to(device)
-    checkpoint = context.load_checkpoint()
-    earlier, generator_state = 0.0, ""
-    tensors: dict[str, torch.Tensor] | None = None
-    if checkpoint is not None:
-        tensors, iteration, generator_state, earlier = load_checkpoint(context.store.local_path(checkpoint.digest))
-        context.log.info("resuming", iteration=iteration)
+    teacher = no_grad_copy(model.module).to(device)
+    stored = context.load_checkpoint()
+    if stored is not None:
+        checkpoint = load_checkpoint(context.store.local_path(stored.digest))
+        context.log.info("resuming", iteration=checkpoint.iteration)
     else:
         context.report("calibrating")
         set_ranges(student, quantization, images, device)
-    source = _open_source(request, training, images, context, device, generator_state)
+        before = diagnostics.measure(teacher, student, images.held_out.images, context.check_cancelled)
+        checkpoint = Checkpoint({}, 0, "", 0.0, before)
+    source = _open_source(request, training, images, context, device, checkpoint.generator)
     try:
-        teacher = no_grad_copy(model.module).to(device) if training.feature_weight else None
-        trainer = Trainer(student, training, losses, source, teacher)
-        if tensors is not None:
-            trainer.load_state(tensors, iteration)
-        _train(trainer, context, lambda: earlier + time.monotonic() - started)
+        trainer = Trainer(student, training, losses, source, teacher if training.feature_weight else None)
+        if checkpoint.tensors:
+            trainer.load_state(checkpoint.tensors, checkpoint.iteration)
+        _train(trainer, context, lambda: checkpoint.seconds + time.monotonic() - started, checkpoint.before)
     except FloatingPointError as error:
         raise InternalError(f"training diverged: {error}", reason="TRAINING_DIVERGED") from error
     finally:
         source.close()
     stop_tracking(student)
+    context.report("measuring")
     held_out = images.held_out
     agreement = simulated_logits(student, held_out.images.to(device)).argmax(1).cpu() == held_out.logits.argmax(1)
+    after = diagnostics.measure(teacher, student, held_out.images, context.check_cancelled)
+    found = diagnostics.summary(trainer, len(held_out.images), checkpoint.before, after, source.wants_gradients)
     result = reports_pb2.QuantizationResult(
         model=save_student(context.store, student, quantization, request.model.artifact.digest),
         iterations=trainer.iteration,
         teacher_agreement=float(agreement.float().mean()),
-        seconds=earlier + time.monotonic() - started,
+        seconds=checkpoint.seconds + time.monotonic() - started,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        diagnostics=context.store.put_bytes(diagnostics.to_json(found), "diagnostics.json", "application/json"),
+        diagnostics_picture=context.store.put_bytes(picture.draw(found), "diagnostics.png", "image/png"),
     )
     if training.iterations:
         result.loss = trainer.last_epoch_loss
@@ -131,7 +137,9 @@ def _open_source(
     return CoTrainSource(context.settings.generator_address, message, device)
 
 
-def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float]) -> None:
+def _train(
+    trainer: Trainer, context: JobContext, seconds: Callable[[], float], before: diagnostics.Layers | None
+) -> None:
     total = trainer.training.iterations
 
     def report(progress: Progress) -> None:
@@ -144,7 +152,7 @@ def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float]) 
     for iteration in trainer.run(report):
         context.check_cancelled()
         if iteration % trainer.training.checkpoint_interval == 0 and iteration < total:
-            context.save_checkpoint(save_checkpoint(context.store, trainer, seconds()))
+            context.save_checkpoint(save_checkpoint(context.store, trainer, seconds(), before))
 
 
 def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -> jobs_pb2.JobResult:

@@ -48,6 +48,8 @@ async def test_set_and_resumption(server: GrpcServer, model: common_pb2.ModelSou
     assert (interrupted.state, interrupted.failure.reason) == (jobs_pb2.JOB_STATE_FAILED, "JOB_PROCESS_DIED")
     interrupted = await _run(server, request)
     assert interrupted.result.synthesis.dataset.digest == result.dataset.digest
+    assert interrupted.result.synthesis.grid.digest == result.grid.digest
+    assert store.read_bytes(result.grid.digest).startswith(b"\x89PNG")
     assert interrupted.result.synthesis.bn_loss == result.bn_loss
 
 

@@ -1,6 +1,7 @@
 """The quantizer's jobs through real servers: joint training, replay, faults, export."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,10 +101,10 @@ def synthetic(bench: Bench) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bench: Bench, synthetic: str) -> dict[str, torch.Tensor]:
-    """Weights of a joint training that nothing happened to."""
+def undisturbed(bench: Bench, synthetic: str) -> jobs_pb2.Job:
+    """A joint training that nothing happened to."""
     bench.starts.StartQuantize(bench.quantize_request("undisturbed", synthetic, epochs=3, warmup_epochs=1))
-    return bench.weights(bench.wait(bench.quantizer, "undisturbed"))
+    return bench.wait(bench.quantizer, "undisturbed")
 
 
 def past(step: int) -> Callable[[jobs_pb2.Job], bool]:
@@ -118,7 +119,7 @@ def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("victim", ["job", "quantizer", "generator"])
 def test_a_killed_joint_training_resumes_to_the_same_weights(
-    bench: Bench, synthetic: str, undisturbed: dict[str, torch.Tensor], victim: str
+    bench: Bench, synthetic: str, undisturbed: jobs_pb2.Job, victim: str
 ) -> None:
     request = bench.quantize_request(f"killed-{victim}", synthetic, epochs=3, warmup_epochs=1)
     bench.starts.StartQuantize(request)
@@ -144,9 +145,22 @@ def test_a_killed_joint_training_resumes_to_the_same_weights(
         return job.state in FINAL
 
     job = bench.wait(bench.quantizer, request.key.job_id, note)
-    assert_equal(bench.weights(job), undisturbed)
+    assert_equal(bench.weights(job), bench.weights(undisturbed))
+    # Loss curve and ratios before training come from the checkpoint.
+    assert job.result.quantization.diagnostics.digest == undisturbed.result.quantization.diagnostics.digest
     first = next(step for step in steps if step)
     assert first > 4, "began anew instead of resuming from a checkpoint"
+
+
+def test_the_diagnostics_of_a_training(bench: Bench, undisturbed: jobs_pb2.Job) -> None:
+    result = undisturbed.result.quantization
+    found = json.loads(bench.store.read_bytes(result.diagnostics.digest))
+    assert [len(found["layers"]), found["images"]] == [22, 12]
+    assert all(layer["after"]["sqnr_db"] is not None for layer in found["layers"])
+    assert found["curve"]["iteration"] == list(range(1, 31))
+    assert found["curve"]["rate"][:10] == [0.0] * 10
+    assert any(found["curve"]["loss_generator"])
+    assert bench.store.read_bytes(result.diagnostics_picture.digest).startswith(b"\x89PNG")
 
 
 def test_replay_is_repeatable_and_uses_no_generator(bench: Bench, synthetic: str) -> None:

@@ -66,6 +66,24 @@ def test_simulation_only_reports_what_there_is(store: ArtifactStore, pipeline: c
         assert "no integer form" in bundle.read("report.md").decode()
 
 
+def test_pictures_and_diagnostics_lie_in_a_folder_and_are_shown(
+    store: ArtifactStore, pipeline: coordinator_pb2.Pipeline
+) -> None:
+    pipeline.results.synthesis.grid.CopyFrom(store.put_bytes(b"grid"))
+    pipeline.results.quantization.diagnostics.CopyFrom(store.put_bytes(b"{ }"))
+    pipeline.results.quantization.diagnostics_picture.CopyFrom(store.put_bytes(b"curves"))
+    with zipfile.ZipFile(store.local_path(build_report(store, pipeline).bundle.digest)) as bundle:
+        folder = {name: bundle.read(name) for name in bundle.namelist() if name.startswith("report/")}
+        markdown = bundle.read("report.md").decode()
+    assert folder == {
+        "report/synthetic_images.png": b"grid",
+        "report/diagnostics.json": b"{ }",
+        "report/diagnostics.png": b"curves",
+    }
+    for name in ("synthetic_images", "diagnostics"):
+        assert f"](report/{name}.png)" in markdown
+
+
 def test_names_from_users_cannot_break_the_table(pipeline: coordinator_pb2.Pipeline) -> None:
     pipeline.spec.display_name = "a | b\n# <script>`"
     first = report_markdown(pipeline, []).decode().splitlines()[0]
