@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from granq.v1 import reports_pb2
 from services.common.errors import GranqError, InvalidArgumentError, ResourceExhaustedError
-from services.evaluator.graph import Graph
+from services.evaluator.graph import Graph, constants_of
 from services.evaluator.saturation import codes_may_exceed_127, with_weight_zero_points
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
@@ -128,6 +128,15 @@ class OnnxModel:
 
 def count_kernels(optimized: onnx.ModelProto) -> KernelCounts:
     """Count the convolution and linear layers of an optimized graph by what runs them."""
-    kinds = [node.op_type for node in optimized.graph.node]
+    constants = constants_of(optimized.graph)
+    kinds = [node.op_type for node in optimized.graph.node if not _is_blocked_multiply(node, constants)]
     int8 = sum(kind in INT8_KERNELS for kind in kinds)
     return KernelCounts(int8, int8 + sum(kind in FLOAT_KERNELS for kind in kinds))
+
+
+def _is_blocked_multiply(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
+    """Whether a Conv is what the runtime makes of a multiplication by a constant per channel in its blocked layout."""
+    if node.op_type != "Conv" or node.domain != "com.microsoft.nchwc":
+        return False
+    weight = constants.get(node.input[1])
+    return weight is not None and list(weight.dims)[1:] == [1, 1, 1]

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 LAYER_TYPES = (nn.Conv2d, nn.Linear)
 BATCH_NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Operations that keep the sign of their input and a common positive factor of each channel.
 _SIGN_KEEPING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+_REARRANGEMENTS = (torch.cat, torch.chunk, torch.split, operator.getitem, torch.reshape, torch.transpose, torch.permute)
 _NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
 
 
@@ -37,6 +38,19 @@ def input_of(node: fx.Node) -> fx.Node:
     return source
 
 
+def rearranges(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` does nothing but move values: then it can move their codes instead.
+
+    A pooling by maximum behind a concatenation counts too, because it takes the same values from codes.
+    """
+    if node.op == "call_function":
+        return node.target in _REARRANGEMENTS
+    module = module_of(graph_module, node)
+    return isinstance(module, nn.ChannelShuffle) or (
+        isinstance(module, nn.MaxPool2d) and rearranges(graph_module, input_of(node))
+    )
+
+
 def is_non_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the values of ``node`` can never be below zero, whatever the input of the model."""
     module = module_of(graph_module, node)
@@ -49,11 +63,8 @@ def is_non_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
             is_non_negative(graph_module, a) if isinstance(a, fx.Node) else isinstance(a, (int, float)) and a >= 0
             for a in node.args
         )
-    if node.op == "call_function" and node.target is torch.cat:
-        parts = node.args[0]
-        return isinstance(parts, (list, tuple)) and all(
-            is_non_negative(graph_module, p) for p in parts if isinstance(p, fx.Node)
-        )
+    if rearranges(graph_module, node):
+        return all(is_non_negative(graph_module, above) for above in node.all_input_nodes)
     return False
 
 
@@ -108,20 +119,30 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         layer = module_of(graph_module, source)
         if not isinstance(layer, LAYER_TYPES) or len(source.users) != 1:
             continue
-        mean, var = norm.running_mean, norm.running_var
-        if mean is None or var is None:
-            raise ValueError(f"{node.target} has no running statistics")
-        factor = (var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            factor = factor * norm.weight.detach().double()
-        bias = layer.bias.detach().double() if layer.bias is not None else torch.zeros_like(mean, dtype=torch.float64)
-        shift = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(bias)
+        factor, shift = batch_norm_affine(norm)
+        bias = layer.bias.detach().double() if layer.bias is not None else torch.zeros_like(shift)
         weight = layer.weight.detach().double() * factor.view(-1, *[1] * (layer.weight.dim() - 1))
         layer.weight = nn.Parameter(weight.float())
-        layer.bias = nn.Parameter(((bias - mean.double()) * factor + shift).float())
+        layer.bias = nn.Parameter((bias * factor + shift).float())
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
         folded[node] = source
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return folded
+
+
+def batch_norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return factor and shift, C float64 each, that a BatchNorm in evaluation mode applies.
+
+    Raises:
+        ValueError: it has no running statistics.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None:
+        raise ValueError("a BatchNorm has no running statistics")
+    factor = (var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    shift = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(factor)
+    return factor, shift - mean.double() * factor

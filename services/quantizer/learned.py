@@ -14,7 +14,7 @@ optimizer is relative, so that channels of very different range learn at the sam
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,21 @@ class _RoundThrough(torch.autograd.Function):
         return grads[0]
 
 
+class CodeSource(Protocol):
+    """Where codes come from, as far as their readers need to know."""
+
+    @property
+    def code_range(self) -> CodeRange:
+        """Codes that may occur."""
+
+    @property
+    def bits(self) -> int:
+        """Width of the codes."""
+
+    def scale(self) -> Tensor:
+        """Return what one unit of each channel's codes is worth, C, without a gradient."""
+
+
 class ActivationQuantizer(nn.Module):
     """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape; one learned scale per channel.
 
@@ -138,60 +153,21 @@ class ActivationQuantizer(nn.Module):
         return f"channels={self.log_scale.numel()}, bits={self.bits}, codes={self.code_range.lo}..{self.code_range.hi}"
 
 
-class Dequantize(nn.Module):
-    """Codes → float values, for readers that are no quantized layer (a residual add, a concatenation, a pooling)."""
-
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
-        super().__init__()
-        # A plain reference: the quantizer's parameters belong to its own place in the graph.
-        self._quantizer = (quantizer,)
-
-    @property
-    def quantizer(self) -> ActivationQuantizer:
-        """The quantizer whose codes come in."""
-        return self._quantizer[0]
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Return codes·s."""
-        return codes * self.quantizer.scale().view(1, -1, *[1] * (codes.dim() - 2))
-
-
-class CodesMean(nn.Module):
-    """Global average pooling of codes N×C×H×W → float N×C×1×1.
-
-    Integer codes are added first and scaled once. The sum is exact in float32 below 2^24, so that its order does not
-    matter and every runtime returns the same bits; a mean of scaled floats would not.
-    """
-
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
-        super().__init__()
-        self._quantizer = (quantizer,)
-
-    @property
-    def quantizer(self) -> ActivationQuantizer:
-        """The quantizer whose codes come in."""
-        return self._quantizer[0]
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Return the mean over H×W of codes·s."""
-        factor = self.quantizer.scale() / (codes.shape[2] * codes.shape[3])
-        return codes.sum((2, 3), keepdim=True) * factor.view(1, -1, 1, 1)
-
-
 class QuantizedLayer(nn.Module, ABC):
     """What a quantized convolution and a quantized linear layer share: weight, bias, weight step, bits."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, quantizer: ActivationQuantizer, bits: LayerBits) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, quantizer: CodeSource, bits: LayerBits) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
         self.log_step = nn.Parameter(torch.zeros(weight.shape[0]))
         self.bits = bits
+        # A plain reference: the quantizer's parameters belong to its own place in the graph.
         self._quantizer = (quantizer,)
 
     @property
-    def quantizer(self) -> ActivationQuantizer:
-        """The quantizer whose codes come in."""
+    def quantizer(self) -> CodeSource:
+        """Where the codes that come in are made."""
         return self._quantizer[0]
 
     @property
@@ -207,9 +183,10 @@ class QuantizedLayer(nn.Module, ABC):
         """Return W' = W·s, shaped as the weight: what is quantized."""
         return self.weight * self.input_scale()
 
-    def weight_codes(self) -> Tensor:
-        """Return the integer-valued codes p of W', shaped as the weight."""
-        log_step = self.log_step.view(-1, *[1] * (self.weight.dim() - 1))
+    def weight_codes(self, log_step: Tensor | None = None) -> Tensor:
+        """Return the integer-valued codes p of W', shaped as the weight, at the learned or the given ln t (O)."""
+        log_step = self.log_step if log_step is None else log_step
+        log_step = log_step.view(-1, *[1] * (self.weight.dim() - 1))
         codes: Tensor = _Codes.apply(self.folded_weight(), log_step, -self.limit, self.limit)
         return codes
 
@@ -228,7 +205,7 @@ class QuantizedLayer(nn.Module, ABC):
 class QuantizedConv2d(QuantizedLayer):
     """Convolution of codes N×I×H×W → float N×O×H'×W'; zero padding only (code 0 is the value 0)."""
 
-    def __init__(self, conv: nn.Conv2d, quantizer: ActivationQuantizer, bits: LayerBits) -> None:
+    def __init__(self, conv: nn.Conv2d, quantizer: CodeSource, bits: LayerBits) -> None:
         bias = conv.bias.detach().clone() if conv.bias is not None else torch.zeros(conv.out_channels)
         super().__init__(conv.weight.detach().clone(), bias.to(conv.weight.device), quantizer, bits)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -248,7 +225,7 @@ class QuantizedConv2d(QuantizedLayer):
 class QuantizedLinear(QuantizedLayer):
     """Linear layer of codes N×F → float N×O."""
 
-    def __init__(self, linear: nn.Linear, quantizer: ActivationQuantizer, bits: LayerBits) -> None:
+    def __init__(self, linear: nn.Linear, quantizer: CodeSource, bits: LayerBits) -> None:
         bias = linear.bias.detach().clone() if linear.bias is not None else torch.zeros(linear.out_features)
         super().__init__(linear.weight.detach().clone(), bias.to(linear.weight.device), quantizer, bits)
 

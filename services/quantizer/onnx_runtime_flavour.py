@@ -7,7 +7,8 @@ The codes, weights and factors are the same; only how codes are carried differs.
 
 A convolution that feeds a quantization directly becomes DequantizeLinear(weight, factor) → Conv(bias·factor), which the
 runtime fuses to QLinearConv; every other one (before a residual addition, say) becomes ConvInteger → Cast → Add → Mul,
-and a linear layer MatMulInteger → Cast → Add → Mul, which are integer kernels as they stand.
+and a linear layer MatMulInteger → Cast → Add → Mul, which are integer kernels as they stand. What rearranges codes (a
+concatenation, a channel shuffle) rearranges the unsigned bytes.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,22 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+_REARRANGEMENTS = frozenset(
+    {
+        "Concat",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "MaxPool",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
 
 
 @dataclass
@@ -83,6 +100,8 @@ def to_onnx_runtime(trt: onnx.ModelProto) -> onnx.ModelProto:
                 raise ValueError(f"{node.name}: a quantized layer must be followed by its factor")
             _rewrite_layer(rewriter, node, multiply)
             done.add(multiply.output[0])
+        elif _rearranges_codes(rewriter, node):
+            _rewrite_rearrangement(rewriter, node)
         elif not _belongs_to_pattern(rewriter, node):
             kept = NodeProto()
             kept.CopyFrom(node)
@@ -119,6 +138,30 @@ def _rewrite_codes(rewriter: _Rewriter, dequantize: NodeProto) -> None:
     rewriter.codes[name] = _Codes(unsigned, name, zero_point)
 
 
+def _rearranges_codes(rewriter: _Rewriter, node: NodeProto) -> bool:
+    """Whether a node only moves codes that have one zero point; sizes and axes are constants beside them."""
+    data = [name for name in node.input if name and name not in rewriter.constants]
+    known = [rewriter.codes[name] for name in data if name in rewriter.codes]
+    return (
+        node.op_type in _REARRANGEMENTS
+        and 0 < len(known) == len(data)
+        and len({codes.zero_point for codes in known}) == 1
+    )
+
+
+def _rewrite_rearrangement(rewriter: _Rewriter, node: NodeProto) -> None:
+    moved = NodeProto()
+    moved.CopyFrom(node)
+    moved.name = f"{node.name}_codes"
+    zero_point = next(rewriter.codes[name].zero_point for name in node.input if name in rewriter.codes)
+    moved.input[:] = [rewriter.codes[name].unsigned if name in rewriter.codes else name for name in node.input]
+    moved.output[:] = [f"{name}_codes" for name in node.output]
+    rewriter.nodes.append(moved)
+    for name, unsigned in zip(node.output, moved.output, strict=True):
+        rewriter.add("DequantizeLinear", [unsigned, "one", zero_point], name)
+        rewriter.codes[name] = _Codes(unsigned, name, zero_point)
+
+
 def _rewrite_layer(rewriter: _Rewriter, layer: NodeProto, multiply: NodeProto) -> None:
     weight = rewriter.constants[rewriter.producer[layer.input[1]].input[0]]
     bias = rewriter.constants[layer.input[2]] if len(layer.input) > 2 else np.zeros(weight.shape[0], np.float32)
@@ -127,7 +170,8 @@ def _rewrite_layer(rewriter: _Rewriter, layer: NodeProto, multiply: NodeProto) -
     output = multiply.output[0]
     codes = rewriter.codes[layer.input[0]]
     attributes = {a.name: helper.get_attribute_value(a) for a in layer.attribute}
-    zero = rewriter.constant("weight_zero_point", np.array(0, np.int8))
+    # One for each layer: ONNX Runtime's own conversion of weights (session.x64quantprecision) replaces it by name.
+    zero = rewriter.constant(f"{output}_zero_point", np.array(0, np.int8))
     if layer.op_type == "Gemm":
         matrix = rewriter.constant(
             f"{output}_weight", np.ascontiguousarray(weight.T if attributes.get("transB") else weight)

@@ -17,31 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from services.common.errors import FailedPreconditionError
+from services.quantizer.codes import CodesMean, CodesPool
 from services.quantizer.config import Quantization, WeightGranularity
 from services.quantizer.fake_quant import DynamicActivation, fake_quantize, weight_dims
 from services.quantizer.graph import (
     BATCH_NORM_TYPES,
-    ceiling_of,
-    channels_of,
     fold_batch_norms,
     input_of,
     insert_module,
-    is_non_negative,
     layers,
     module_of,
     set_module,
 )
-from services.quantizer.learned import (
-    ActivationQuantizer,
-    CodeRange,
-    CodesMean,
-    Dequantize,
-    QuantizedConv2d,
-    QuantizedLinear,
-)
-from services.quantizer.reach import IMAGE_REACH, propagate, reach
+from services.quantizer.learned import QuantizedConv2d, QuantizedLinear
+from services.quantizer.placement import CodePlacement, pooling_windows
+from services.quantizer.reach import propagate
 
-POOL_BITS = 8  # of the input of a global average pooling that no layer reads: see learned.CodesMean
+POOL_BITS = 8  # of the input of an average pooling that no layer reads: see codes.CodesMean
 
 
 def layer_names(model: fx.GraphModule) -> list[str]:
@@ -86,26 +78,11 @@ def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range
     moments = propagate(student)
     for norm, producer in fold_batch_norms(student).items():
         moments[producer] = moments[norm]
-    quantizers: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]] = {}
-
-    def codes_of(source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
-        if (source, bits) not in quantizers:
-            ceiling = ceiling_of(student, source)
-            code_range = CodeRange.of(bits, signed=not is_non_negative(student, source))
-            promised = reach(moments[source], bits) if source in moments else None
-            if source.op == "placeholder":
-                promised = torch.full((channels_of(source),), IMAGE_REACH)
-                if pixel_range is not None:
-                    promised = torch.maximum(pixel_range[0].abs(), pixel_range[1].abs())
-            quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised)
-            name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in quantizers) else "")
-            quantizers[source, bits] = insert_module(student, source, source, name, quantizer), quantizer
-        return quantizers[source, bits]
-
+    placement = CodePlacement(student, moments, pixel_range)
     for node, layer in list(layers(student)):
         source = input_of(node)
         bits = quantization.bits(str(node.target), reads_input=source.op == "placeholder")
-        codes, quantizer = codes_of(source, bits.activation)
+        codes, quantizer = placement.codes_of(source, bits.activation)
         quantized: nn.Module
         if isinstance(layer, nn.Conv2d):
             if layer.padding_mode != "zeros":
@@ -121,31 +98,14 @@ def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range
         node.args = (codes,)
     for node in list(student.graph.nodes):
         pool = module_of(student, node)
-        if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1)):
-            source = input_of(node)
-            shared = next((pair for (s, _), pair in quantizers.items() if s is source), None)
-            codes, quantizer = shared or codes_of(source, POOL_BITS)
-            set_module(student, str(node.target), CodesMean(quantizer))
-            node.args = (codes,)
-    _dequantize_for_others(student, quantizers)
-
-
-def _dequantize_for_others(
-    student: fx.GraphModule, quantizers: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]]
-) -> None:
-    """Let other readers of a quantized tensor read the dequantized codes (of the most bits, if there are several)."""
-    by_source: dict[fx.Node, list[tuple[fx.Node, ActivationQuantizer]]] = {}
-    for (source, _), pair in quantizers.items():
-        by_source.setdefault(source, []).append(pair)
-    for source, pairs in by_source.items():
-        own = {codes for codes, _ in pairs}
-        others = [user for user in source.users if user not in own]
-        if not others:
+        if not isinstance(pool, (nn.AvgPool2d, nn.AdaptiveAvgPool2d)):
             continue
-        codes, quantizer = max(pairs, key=lambda pair: pair[1].bits)
-        node = insert_module(student, codes, codes, f"values_{source.name}", Dequantize(quantizer))
-        for user in others:
-            user.replace_input_with(source, node)
+        codes, quantizer = placement.any_codes_of(input_of(node), POOL_BITS)
+        whole = isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1))
+        reader = CodesMean(quantizer) if whole else CodesPool(quantizer, pooling_windows(node, pool))
+        set_module(student, str(node.target), reader)
+        node.args = (codes,)
+    placement.finish()
 
 
 class _SimulatedWeight(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from services.common.models import cifar_resnet
 from services.common.models.archive import refuse
@@ -58,7 +59,7 @@ def build(name: str, state: dict[str, torch.Tensor], in_channels: int, num_class
     Raises:
         InvalidArgumentError: WEIGHTS_MISMATCH, BATCH_NORM_FOLDED or INPUT_SHAPE_MISMATCH.
     """
-    with torch.device("meta"):
+    with _NoWeights():
         model = _create(name, num_classes or 1000, in_channels)
         classifier = _classifier(model)
         if num_classes is None and f"{classifier}.weight" in state:
@@ -78,6 +79,21 @@ def build(name: str, state: dict[str, torch.Tensor], in_channels: int, num_class
         assign=True,
     )
     return model.eval()
+
+
+class _NoWeights(TorchFunctionMode):
+    """Gives new parameters, which torch.empty makes, no memory.
+
+    Everything else stays on the CPU: some architectures (RegNet) compute their sizes with tensors, which would have no
+    values with the meta device as the default.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make empty tensors on the meta device."""
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
 def _create(name: str, num_classes: int, in_channels: int) -> nn.Module:

@@ -14,13 +14,13 @@ from torch import nn
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import ActivationGranularity, Quantization
 from services.quantizer.integer import (
-    Codes,
     float_operations,
     integer_layers,
     is_exact,
     packed_bytes,
     to_integer,
 )
+from services.quantizer.integer_modules import Codes
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.student import build_student

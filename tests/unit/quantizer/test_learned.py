@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from services.quantizer.codes import CodesMean
 from services.quantizer.config import LayerBits
-from services.quantizer.learned import ActivationQuantizer, CodeRange, CodesMean, QuantizedConv2d
+from services.quantizer.learned import ActivationQuantizer, CodeRange, QuantizedConv2d
 
 torch.set_num_threads(1)
 

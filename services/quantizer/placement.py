@@ -1,0 +1,175 @@
+"""Where a deployable student's activations become codes.
+
+Codes are made where a value is made, once, and everything that reads the value reads the same codes: layers and
+poolings as they are, others (a residual addition, a multiplication) dequantized. Concatenations, splits and channel
+shuffles between the two move the codes themselves, so that an engine carries them in 8 bits and nothing is rounded
+again on the way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from services.quantizer.codes import Dequantize, Rearranged
+from services.quantizer.graph import (
+    ceiling_of,
+    channels_of,
+    insert_module,
+    is_non_negative,
+    module_of,
+    rearranges,
+)
+from services.quantizer.learned import ActivationQuantizer, CodeRange, CodeSource
+from services.quantizer.reach import IMAGE_REACH, Moments, reach
+
+
+class CodePlacement:
+    """Inserts quantizers into a student's graph.
+
+    Args:
+        student: Changed in place.
+        moments: What is known of the values of its nodes.
+        pixel_range: What black and white are in the model's input, C each; None where nothing is known.
+    """
+
+    def __init__(
+        self, student: fx.GraphModule, moments: dict[fx.Node, Moments], pixel_range: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self._student = student
+        self._moments = moments
+        self._pixel_range = pixel_range
+        self._made: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]] = {}
+        self._moved: dict[tuple[fx.Node, int], tuple[fx.Node, Rearranged]] = {}
+        self._copies: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def codes_of(self, source: fx.Node, bits: int) -> tuple[fx.Node, CodeSource]:
+        """Return the node of the codes of ``source``, N×C×…, and where they are made; insert what is missing."""
+        key = source, bits
+        if key in self._made:
+            return self._made[key]
+        if key not in self._moved and rearranges(self._student, source):
+            moved = self._rearranged(source, bits)
+            if moved is not None:
+                self._moved[key] = self._copy(source, bits), moved
+        return self._moved[key] if key in self._moved else self._make(source, bits)
+
+    def any_codes_of(self, source: fx.Node, bits: int) -> tuple[fx.Node, CodeSource]:
+        """Return codes of ``source`` that exist, of whatever width, or else new ones of ``bits``."""
+        found = [pair for made in (self._made, self._moved) for (node, _), pair in made.items() if node is source]
+        return found[0] if found else self.codes_of(source, bits)
+
+    def finish(self) -> None:
+        """Let all other readers of a value read its dequantized codes, of the most bits where there are several."""
+        places = {node: place for place, node in enumerate(self._student.graph.nodes)}
+        by_source: dict[fx.Node, list[tuple[fx.Node, CodeSource]]] = {}
+        for made in (self._made, self._moved):
+            for (source, _), pair in made.items():
+                by_source.setdefault(source, []).append(pair)
+        # Backwards, so that float rearrangements that nobody reads any more are gone when their sources' turn comes.
+        for source in sorted(by_source, key=lambda node: places[node], reverse=True):
+            pairs = by_source[source]
+            own = {codes for codes, _ in pairs}
+            others = [user for user in source.users if user not in own]
+            if others:
+                codes, quantizer = max(pairs, key=lambda pair: pair[1].bits)
+                values = insert_module(self._student, codes, codes, f"values_{source.name}", Dequantize(quantizer))
+                for user in others:
+                    user.replace_input_with(source, values)
+            self._erase_unread(source)
+
+    def _make(self, source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
+        code_range = CodeRange.of(bits, signed=not is_non_negative(self._student, source))
+        promised = reach(self._moments[source], bits) if source in self._moments else None
+        if source.op == "placeholder":
+            promised = torch.full((channels_of(source),), IMAGE_REACH)
+            if self._pixel_range is not None:
+                promised = torch.maximum(self._pixel_range[0].abs(), self._pixel_range[1].abs())
+        ceiling = ceiling_of(self._student, source)
+        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised)
+        name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in self._made) else "")
+        self._made[source, bits] = insert_module(self._student, source, source, name, quantizer), quantizer
+        return self._made[source, bits]
+
+    def _rearranged(self, source: fx.Node, bits: int) -> Rearranged | None:
+        """Return the scales of the codes of a rearrangement, or None where the values must be quantized behind it."""
+        origins = self._origins(source)
+        if any(node.op not in ("call_module", "call_function") for node in origins):
+            return None
+        if len({is_non_negative(self._student, node) for node in origins}) > 1:
+            return None  # signed and unsigned codes of as many bits count differently
+        order = self._order(source, origins)
+        if order is None:
+            return None
+        parts = [(self._made.get((node, bits)) or self._make(node, bits))[1] for node in origins]
+        return Rearranged(parts, order)
+
+    def _origins(self, source: fx.Node) -> list[fx.Node]:
+        """Return the nodes that make the values that ``source`` rearranges, in order of execution."""
+        found: list[fx.Node] = []
+        stack, seen = [source], {source}
+        while stack:
+            node = stack.pop()
+            if not rearranges(self._student, node):
+                found.append(node)
+                continue
+            for above in node.all_input_nodes:
+                if above not in seen:
+                    seen.add(above)
+                    stack.append(above)
+        places = {node: place for place, node in enumerate(self._student.graph.nodes)}
+        return sorted(found, key=lambda node: places[node])
+
+    def _order(self, source: fx.Node, origins: list[fx.Node]) -> Tensor | None:
+        """Follow numbered channels through a rearrangement; None where a channel of the result mixes several."""
+        values: dict[fx.Node, Any] = {}
+        first = 0
+        for node in origins:
+            shape = node.meta["tensor_meta"].shape
+            numbers = torch.arange(first, first + shape[1], dtype=torch.float64)
+            values[node] = numbers.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+            first += shape[1]
+
+        def value(node: fx.Node) -> Any:
+            if node not in values:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                module = module_of(self._student, node)
+                call: Any = module if module is not None else node.target
+                values[node] = call(*args, **kwargs)
+            return values[node]
+
+        result: Tensor = value(source)
+        rows = result[0].reshape(result.shape[1], -1)
+        return rows[:, 0].long() if bool((rows == rows[:, :1]).all()) else None
+
+    def _copy(self, node: fx.Node, bits: int) -> fx.Node:
+        """Return a node that rearranges codes as ``node`` rearranges values."""
+        if (node, bits) in self._made:
+            return self._made[node, bits][0]
+        if (node, bits) not in self._copies:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda above: self._copy(above, bits))
+            graph = self._student.graph
+            with graph.inserting_after(node):
+                copy = graph.create_node(node.op, node.target, args, kwargs, f"codes_{node.name}")
+            copy.meta["tensor_meta"] = node.meta["tensor_meta"]
+            self._copies[node, bits] = copy
+        return self._copies[node, bits]
+
+    def _erase_unread(self, node: fx.Node) -> None:
+        if node.users or not rearranges(self._student, node):
+            return
+        above = node.all_input_nodes
+        self._student.graph.erase_node(node)
+        for source in above:
+            self._erase_unread(source)
+
+
+def pooling_windows(node: fx.Node, pool: nn.Module) -> nn.Module:
+    """Return an average pooling with fixed windows where ``pool`` adapts them to a size that they divide evenly."""
+    if not isinstance(pool, nn.AdaptiveAvgPool2d):
+        return pool
+    before = node.all_input_nodes[0].meta["tensor_meta"].shape[2:]
+    after = node.meta["tensor_meta"].shape[2:]
+    if any(b % a for b, a in zip(before, after, strict=True)):
+        return pool
+    return nn.AvgPool2d(tuple(b // a for b, a in zip(before, after, strict=True)))
