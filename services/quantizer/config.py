@@ -8,7 +8,7 @@ from granq.v1 import common_pb2
 from services.common import defaults
 from services.common.errors import InvalidArgumentError
 
-FEATURE_WEIGHT = 3.0  # of a deployable student, where the request names none
+FEATURE_WEIGHT = 1.0  # of a deployable student, where the request names none
 
 
 class ActivationGranularity(enum.Enum):
@@ -131,7 +131,7 @@ class Training:
     iterations_per_epoch: int = 200
     warmup_epochs: int = defaults.warmup_epochs(defaults.EPOCHS)
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     momentum: float = 0.9
     weight_decay: float = 1e-4
     temperature: float = 20.0

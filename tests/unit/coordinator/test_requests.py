@@ -57,6 +57,25 @@ def test_every_stage_passes_on_what_the_spec_says() -> None:
     assert export.request.quantized_model == artifact("c")
 
 
+def test_normalization_is_that_of_the_labelled_set_unless_the_model_names_its_own() -> None:
+    pipeline = _pipeline()
+    preprocessing = pipeline.spec.dataset.preprocessing
+    del preprocessing.mean[:], preprocessing.std[:]
+    for number in (Stage.STAGE_VALIDATE, Stage.STAGE_SYNTHESIZE, Stage.STAGE_QUANTIZE, Stage.STAGE_EXPORT):
+        (call,) = stage_calls(number, pipeline)
+        assert not call.request.model.HasField("normalization")  # type: ignore[union-attr]
+        preprocessing.mean.append(0.4)
+        preprocessing.std.append(0.2)
+        (call,) = stage_calls(number, pipeline)
+        assert call.request.model.normalization == common_pb2.Normalization(mean=[0.4], std=[0.2])  # type: ignore[union-attr]
+        pipeline.spec.model.normalization.mean.append(0.7)
+        (call,) = stage_calls(number, pipeline)
+        assert call.request.model.normalization == common_pb2.Normalization(mean=[0.7])  # type: ignore[union-attr]
+        pipeline.spec.model.ClearField("normalization")
+        del preprocessing.mean[:], preprocessing.std[:]
+    assert not pipeline.spec.model.HasField("normalization")
+
+
 def test_engines_are_built_from_the_trt_graph_one_per_target() -> None:
     pipeline = _pipeline()
     assert not applies(Stage.STAGE_BUILD_ENGINES, pipeline.spec)

@@ -52,3 +52,15 @@ def test_upsampled_convolution(size: tuple[int, int] | None) -> None:
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_known_pixels_bound_the_images_and_both_ends_can_be_reached() -> None:
+    black, white = torch.tensor([-2.1, -0.5, -1.0]), torch.tensor([2.6, 0.5, 3.0])
+    generator = ConditionalGenerator((3, 8, 8), 10, (black, white))
+    images = generator(torch.randn(4, LATENT), torch.arange(4))
+    assert bool((images >= black.view(1, 3, 1, 1)).all())
+    assert bool((images <= white.view(1, 3, 1, 1)).all())
+    for bias, end in ((-100.0, black), (100.0, white)):
+        torch.nn.init.constant_(generator.conv3.bias, bias)  # type: ignore[arg-type]
+        images = generator(torch.randn(4, LATENT), torch.arange(4))
+        torch.testing.assert_close(images, end.view(1, 3, 1, 1).expand_as(images))

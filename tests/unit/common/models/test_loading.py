@@ -49,6 +49,16 @@ def test_torchvision_weights(tmp_path: Path, load: Any) -> None:
     torch.testing.assert_close(_logits(loaded.module, x), _logits(model, x))
 
 
+def test_normalization_says_what_black_and_white_are(archive: Path, load: Any) -> None:
+    assert load(archive).pixel_range is None
+    given = common_pb2.Normalization(mean=[0.5, 0.4, 0.25], std=[0.25])
+    black, white = load(archive, normalization=given).pixel_range
+    torch.testing.assert_close(black, torch.tensor([-2.0, -1.6, -1.0]))
+    torch.testing.assert_close(white, torch.tensor([2.0, 2.4, 3.0]))
+    black, white = load(archive, normalization=common_pb2.Normalization()).pixel_range
+    assert (black.tolist(), white.tolist()) == ([0, 0, 0], [1, 1, 1])
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_exported(dynamic: bool, tmp_path: Path, load: Any) -> None:
     """With a fixed batch and core ATen operators too, the graph takes any batch."""

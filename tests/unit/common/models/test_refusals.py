@@ -122,3 +122,9 @@ def test_folded_batch_norm(tmp_path: Path, refusal: Refusal) -> None:
 def test_no_batch_norm(tmp_path: Path, refusal: Refusal) -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     assert refusal(export(plain.eval(), (3, 8, 8), tmp_path / "plain.pt2")).reason == "BATCH_NORM_MISSING"
+
+
+def test_normalization_of_another_number_of_channels(archive: Path, refusal: Refusal) -> None:
+    error = refusal(archive, normalization=common_pb2.Normalization(mean=[0.5], std=[0.2, 0.3]))
+    assert error.reason == "NORMALIZATION_MISMATCH"
+    assert error.field == "model.normalization.std"
