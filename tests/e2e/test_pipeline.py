@@ -177,6 +177,9 @@ def test_bundle_holds_the_files(deployment: Deployment, undisturbed: Run, tmp_pa
         "model_ort.onnx": results.export.onnx_ort,
         "model_float.onnx": results.export.onnx_float,
         "report.json": results.report,
+        "report/synthetic_images.png": results.synthesis.grid,
+        "report/diagnostics.json": results.quantization.diagnostics,
+        "report/diagnostics.png": results.quantization.diagnostics_picture,
     }
     if results.engines[0].HasField("engine"):
         held["engines/1_tensorrt_rtx.engine"] = results.engines[0].engine.manifest.engine
@@ -216,7 +219,8 @@ def test_a_quantizer_killed_in_training_resumes_to_the_same_model(deployment: De
     begin = max(index for index, progress in enumerate(quantizing) if progress.phase == "loading")
     assert "training" in {progress.phase for progress in quantizing[:begin]}
     again = [progress for progress in quantizing[begin:] if progress.phase]
-    assert list(dict.fromkeys(progress.phase for progress in again)) == ["loading", "connecting", "training"]
+    phases = list(dict.fromkeys(progress.phase for progress in again))
+    assert phases == ["loading", "connecting", "training", "measuring"]
     assert next(progress.step for progress in again if progress.phase == "training") >= LEARNED
     assert run.pipeline.results.quantization.model.digest == undisturbed.pipeline.results.quantization.model.digest
 
