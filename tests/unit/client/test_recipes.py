@@ -9,7 +9,9 @@ import pytest
 import granq
 from granq import recipes
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
+from services.common.artifacts import ArtifactStore
 from services.coordinator.requests import simulation_only
+from services.coordinator.validation import check_spec
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 
 MODEL = granq.model_source(artifacts_pb2.Artifact(digest=f"sha256:{'0' * 64}", name="model.pt2"))
@@ -70,9 +72,12 @@ def test_simulated_recipes_have_the_published_numbers(name: str, network: str, b
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_recipe_satisfies_the_contract(name: str) -> None:
-    spec = recipes.combine(recipes.load(name), coordinator_pb2.PipelineSpec(model=MODEL))
+def test_every_recipe_satisfies_the_contract(name: str, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path.as_uri())
+    model = granq.model_source(store.put_bytes(b"model"))
+    spec = recipes.combine(recipes.load(name), coordinator_pb2.PipelineSpec(model=model))
     protovalidate.validate(spec)
+    check_spec(spec, store)
     assert simulation_only(spec) == name.startswith("simulated/")
     assert len(spec.engines) == (not simulation_only(spec))
     assert recipes.summary(recipes.read(name))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from services.quantizer import diagnostics, picture
 from services.quantizer.batches import Batch, ReplaySource
@@ -17,7 +17,7 @@ from services.quantizer.config import ActivationGranularity, GeneratorLosses, Qu
 from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits
 from services.quantizer.training import Trainer
-from tests.support.models import Residual, captured
+from tests.support.models import Bottleneck, Residual, captured
 
 torch.set_num_threads(1)
 SHAPE = (3, 8, 8)
@@ -36,8 +36,8 @@ def images(count: int = 40) -> Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 
-def pair(quantization: Quantization) -> tuple[fx.GraphModule, fx.GraphModule]:
-    model = captured(Residual(), SHAPE)
+def pair(quantization: Quantization, network: nn.Module | None = None) -> tuple[fx.GraphModule, fx.GraphModule]:
+    model = captured(network or Residual(), SHAPE)
     student = build_student(model, quantization)
     if quantization.deployable:
         calibrate(student, images())
@@ -72,6 +72,15 @@ def test_ratios_equal_a_direct_computation(quantization: Quantization) -> None:
         else:
             quantized = student.get_submodule("stem.1")(student.get_submodule("stem.0")(images()))
     assert found["stem.0"]["sqnr_db"] == pytest.approx(decibel(stem, quantized), abs=1e-4)
+
+
+@pytest.mark.parametrize("network", [Residual, Bottleneck])
+@pytest.mark.parametrize("granularity", [ActivationGranularity.PER_CHANNEL, ActivationGranularity.PER_SAMPLE_CHANNEL])
+def test_layers_are_compared_at_the_same_place(network: type[nn.Module], granularity: ActivationGranularity) -> None:
+    """With 8 bits there is little noise; a comparison of different tensors would show nothing else."""
+    teacher, student = pair(Quantization(8, 8, activation_granularity=granularity), network())
+    for name, figures in diagnostics.measure(teacher, student, images(), nothing).items():
+        assert figures["sqnr_db"] > 25, name
 
 
 def test_batches_and_the_limit_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
