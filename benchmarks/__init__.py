@@ -1,0 +1,1 @@
+"""Long measurements, one command for each table; results are kept under benchmarks/results/."""

@@ -1,0 +1,1 @@
+"""Accuracy without data, measured: `python -m benchmarks.accuracy --help`."""

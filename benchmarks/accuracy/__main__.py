@@ -1,0 +1,101 @@
+"""Command line of the accuracy tables.
+
+python -m benchmarks.accuracy deployable --model m.pt2 --data /usr/share/datasets/fashion-mnist --bits 4/4 --bits 8/8
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.accuracy.bench import Bench
+from benchmarks.accuracy.deployable import deployable
+from benchmarks.accuracy.reproduce import SETTINGS, reproduce
+from granq.v1 import common_pb2
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy without data, measured.")
+
+Model = Annotated[Path, typer.Option(help="A .pt2 program.")]
+Data = Annotated[Path, typer.Option(help="Folder of IDX files.")]
+Mean = Annotated[float, typer.Option(help="Of pixels/255.")]
+Std = Annotated[float, typer.Option(help="Of pixels/255.")]
+Pad = Annotated[int, typer.Option(help="Black pixels on each side.")]
+Channels = Annotated[int, typer.Option(help="1 or 3.")]
+Limit = Annotated[int, typer.Option(help="Only the first so many test images; 0 for all.")]
+Seeds = Annotated[str, typer.Option(help="Separated by commas.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+Out = Annotated[Path | None, typer.Option(help="Markdown file to write, after each row.")]
+
+_EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist" / "resnet20.pt2"
+
+
+def _open(
+    model: Path, data: Path, mean: float, std: float, pad: int, channels: int, limit: int, folder: str, *, bounded: bool
+) -> Bench:
+    preprocessing = common_pb2.Preprocessing(pad=pad, channels=channels, mean=[mean], std=[std])
+    dataset = common_pb2.Dataset(
+        path=data.name,
+        format=common_pb2.DATASET_FORMAT_IDX,
+        split="t10k",
+        preprocessing=preprocessing,
+        limit=limit,
+    )
+    return Bench.open(model, dataset, data.parent, Path(folder), bounded=bounded)
+
+
+@app.command("deployable")
+def deployable_command(
+    data: Data,
+    model: Model = _EXAMPLE,
+    bits: Annotated[list[str] | None, typer.Option(help="W/A, repeatable.")] = None,
+    seeds: Seeds = "0,1,2",
+    synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 500,
+    images: Annotated[int, typer.Option(help="Synthetic images.")] = 1536,
+    iterations: Annotated[int, typer.Option(help="Training iterations.")] = 300,
+    batch: Annotated[int, typer.Option(help="Images in an iteration.")] = 32,
+    mean: Mean = 0.2860,
+    std: Std = 0.3530,
+    pad: Pad = 0,
+    channels: Channels = 1,
+    limit: Limit = 0,
+    threads: Threads = 0,
+    bounded: Annotated[bool, typer.Option(help="Tell the generator what black and white are.")] = True,
+    out: Out = None,
+) -> None:
+    """Accuracy of the exported graph."""
+    if threads:
+        torch.set_num_threads(threads)
+    pairs = [(int(w), int(a)) for w, a in (pair.split("/") for pair in bits or ["8/8", "4/8", "4/4", "3/3", "2/8"])]
+    with TemporaryDirectory() as folder:
+        bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
+        numbers = [int(seed) for seed in seeds.split(",")]
+        deployable(bench, pairs, numbers, synthesis_iterations, images, iterations, batch, out)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    data: Data,
+    model: Model = _EXAMPLE,
+    rows: Annotated[str, typer.Option(help="Numbers of the rows, from 0, separated by commas; default: all.")] = "",
+    seeds: Seeds = "0,1,2",
+    mean: Mean = 0.2860,
+    std: Std = 0.3530,
+    pad: Pad = 0,
+    channels: Channels = 1,
+    limit: Limit = 0,
+    threads: Threads = 0,
+    out: Out = None,
+) -> None:
+    """The published method at its own settings, simulated."""
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = [SETTINGS[int(row)] for row in rows.split(",")] if rows else SETTINGS
+    with TemporaryDirectory() as folder:
+        bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=False)
+        reproduce(bench, chosen, [int(seed) for seed in seeds.split(",")], out)
+
+
+if __name__ == "__main__":
+    app()

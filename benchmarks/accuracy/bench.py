@@ -1,0 +1,164 @@
+"""What all accuracy tables have in common: a model, a labelled set, and runs of one method with one seed each.
+
+Runs use the services' own modules in this process, so a table measures what a pipeline would give, without its servers.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from granq.v1 import common_pb2, reports_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.datasets import open_dataset
+from services.common.models import LoadedModel, load_model
+from services.evaluator.graph import load_graph
+from services.evaluator.onnx_runtime import OnnxModel
+from services.generator.synthesis import SynthesisParameters, Synthesizer
+from services.quantizer.batches import Batch, BatchSource, ReplaySource
+from services.quantizer.calibrate import calibrate
+from services.quantizer.config import GeneratorLosses, Quantization, Training
+from services.quantizer.integer import to_integer
+from services.quantizer.onnx_export import export_trt, save
+from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
+from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
+from services.quantizer.training import Trainer
+
+CPU = torch.device("cpu")
+FORMS = {"trt": reports_pb2.MEASURED_FORM_ONNX_TRT, "ort": reports_pb2.MEASURED_FORM_ONNX_ORT}
+
+
+class JointSource:
+    """Joint training in one process: the arithmetic of CoTrain without its servers."""
+
+    wants_gradients = True
+
+    def __init__(self, synthesizer: Synthesizer) -> None:
+        self._synthesizer = synthesizer
+
+    def next(self, iteration: int) -> Batch:
+        """Draw a batch."""
+        drawn = self._synthesizer.draw()
+        return Batch(drawn.images, drawn.labels, drawn.logits)
+
+    def answer(self, iteration: int, images: Tensor, logits: Tensor) -> None:
+        """Step the generator."""
+        self._synthesizer.step(images, logits)
+
+    def save(self) -> str:
+        """Return "": a benchmark is not resumed."""
+        return ""
+
+    def close(self) -> None:
+        """Hold nothing."""
+
+
+@dataclass
+class Bench:
+    """A model and the labelled images that it is measured on.
+
+    Attributes:
+        model: As model intake returns it.
+        images: float32 N×C×H×W, preprocessed.
+        labels: int64 N.
+    """
+
+    model: LoadedModel
+    images: Tensor
+    labels: Tensor
+    folder: Path
+
+    @classmethod
+    def open(cls, source: Path, dataset: common_pb2.Dataset, root: Path, folder: Path, *, bounded: bool) -> "Bench":
+        """Load a .pt2 and a labelled set; ``bounded`` tells the model what black and white are."""
+        store = ArtifactStore((folder / "store").as_uri())
+        message = common_pb2.ModelSource(artifact=store.put_file(source))
+        if bounded:
+            given = dataset.preprocessing
+            message.normalization.CopyFrom(common_pb2.Normalization(mean=given.mean, std=given.std))
+        parts = list(open_dataset(dataset, root, store).images(256))
+        images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+        return cls(load_model(message, store), images, labels, folder)
+
+    @cached_property
+    def teacher(self) -> fx.GraphModule:
+        """The float model, frozen."""
+        return no_grad_copy(self.model.module)
+
+    @cached_property
+    def teacher_logits(self) -> Tensor:
+        """Its logits of all images, N×K."""
+        return simulated_logits(self.teacher, self.images)
+
+    def top1(self, logits: Tensor) -> float:
+        """Return the accuracy of logits N×K in percent."""
+        return float((logits.argmax(1) == self.labels[: len(logits)]).double().mean() * 100)
+
+    def agreement(self, logits: Tensor) -> float:
+        """Return how often, in percent, logits N×K choose the float model's class."""
+        return float((logits.argmax(1) == self.teacher_logits.argmax(1)[: len(logits)]).double().mean() * 100)
+
+    def simulated(self, student: fx.GraphModule) -> Tensor:
+        """Return the fake-quantized student's logits of all images (not an engine's)."""
+        return simulated_logits(student, self.images)
+
+    def exported(self, student: fx.GraphModule, form: str = "trt") -> Tensor:
+        """Export a deployable student, run the file with ONNX Runtime, and return its logits of all images."""
+        proto = export_trt(to_integer(student), self.model.input_shape)
+        path = self.folder / f"{form}.onnx"
+        save(proto if form == "trt" else to_onnx_runtime(proto), path)
+        model = OnnxModel(load_graph(path, "onnx"), FORMS[form], torch.get_num_threads(), "onnx")
+        return torch.cat([torch.from_numpy(model.run(part.numpy())) for part in self.images.split(256)])
+
+    def synthesizer(self, batch_size: int, seed: int, *, bounded: bool = True) -> Synthesizer:
+        """Return a fresh generator."""
+        return Synthesizer(
+            self.teacher,
+            self.model.input_shape,
+            self.model.num_classes,
+            SynthesisParameters(batch_size, seed),
+            CPU,
+            self.model.pixel_range if bounded else None,
+        )
+
+    def synthesize(self, iterations: int, count: int, batch_size: int, seed: int, *, bounded: bool = True) -> Batch:
+        """Train a generator alone and draw a set from it, as the Synthesize job does."""
+        synthesizer = self.synthesizer(batch_size, seed, bounded=bounded)
+        for _ in range(iterations):
+            synthesizer.draw()
+            synthesizer.step_alone()
+        parts = [synthesizer.draw(train=False) for _ in range(-(-count // batch_size))]
+        return Batch(
+            torch.cat([p.images for p in parts])[:count],
+            torch.cat([p.labels for p in parts])[:count],
+            torch.cat([p.logits for p in parts])[:count],
+        )
+
+    def student(self, quantization: Quantization, images: Tensor) -> fx.GraphModule:
+        """Return a student with ranges set from synthetic images and no training."""
+        student = build_student(self.model.module, quantization, self.model.pixel_range)
+        if quantization.deployable:
+            calibrate(student, images)
+        else:
+            simulated_logits(student, images[:512])
+        return student
+
+    def train(
+        self, student: fx.GraphModule, quantization: Quantization, training: Training, source: BatchSource
+    ) -> float:
+        """Train a student in place; return the seconds that it took."""
+        training = training.for_family(quantization)
+        teacher = no_grad_copy(self.model.module) if training.feature_weight else None
+        begin = time.monotonic()
+        for _ in Trainer(student, training, GeneratorLosses(), source, teacher).run(lambda progress: None):
+            pass
+        stop_tracking(student)
+        return time.monotonic() - begin
+
+    def replay(self, data: Batch, training: Training) -> ReplaySource:
+        """Return a source of the set's images."""
+        return ReplaySource(data, training.batch_size, training.seed, CPU)

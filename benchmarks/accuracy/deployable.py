@@ -1,0 +1,57 @@
+"""The deployable form: accuracy of the exported graph, run by ONNX Runtime, at several bit widths and seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.bench import Bench
+from benchmarks.results_table import Table, spread
+from services.quantizer.config import Quantization, Training
+
+
+def deployable(
+    bench: Bench,
+    bits: Sequence[tuple[int, int]],
+    seeds: Sequence[int],
+    synthesis_iterations: int,
+    images: int,
+    iterations: int,
+    batch: int,
+    out: Path | None,
+) -> None:
+    """Print and write the table. A seed is that of the generator, of its draws and of the training's order."""
+    full = bench.top1(bench.teacher_logits)
+    notes = [
+        f"Deployable family. Full precision: {full:.2f} % top-1 of {len(bench.labels)} images. Replay: "
+        f"{synthesis_iterations} generator steps of 32, {images} images, {iterations} training iterations of {batch}.",
+        "Exported: the `trt` file run by ONNX Runtime with optimizations off. `ort`: the file with INT8 kernels, last "
+        f"seed. Simulated: the fake-quantized student. Median (least–most) of seeds {', '.join(map(str, seeds))}.",
+    ]
+    columns = ["W/A", "before training, exported", "exported", "exported − float", "agreement", "simulated", "`ort`"]
+    table = Table(out, "Deployable accuracy", columns, notes)
+    sets = {seed: bench.synthesize(synthesis_iterations, images, 32, seed) for seed in seeds}
+    for weight_bits, activation_bits in bits:
+        quantization = Quantization(weight_bits, activation_bits)
+        before, exported, simulated, agreement = [], [], [], []
+        for seed in seeds:
+            training = Training(
+                co_train=False, epochs=1, iterations_per_epoch=max(iterations, 1), batch_size=batch, seed=seed
+            )
+            student = bench.student(quantization, sets[seed].images)
+            before.append(bench.top1(bench.exported(student)))
+            if iterations:
+                bench.train(student, quantization, training, bench.replay(sets[seed], training))
+            logits = bench.exported(student)
+            exported.append(bench.top1(logits))
+            agreement.append(bench.agreement(logits))
+            simulated.append(bench.top1(bench.simulated(student)))
+        ort = bench.top1(bench.exported(student, "ort"))
+        difference = spread([value - full for value in exported])
+        table.add(
+            f"{weight_bits}/{activation_bits}",
+            spread(before),
+            spread(exported),
+            difference,
+            spread(agreement),
+            spread(simulated),
+            f"{ort:.2f}",
+        )
