@@ -38,8 +38,8 @@ def reproduce(bench: Bench, settings: Sequence[Setting], seeds: Sequence[int], o
     """Print and write the table."""
     notes = [
         f"Simulated family; no engine runs this. Full precision: {bench.top1(bench.teacher_logits):.2f} % top-1 of "
-        f"{len(bench.labels)} images. Joint training, batch 16, 200 iterations an epoch, the first {WARMUP_EPOCHS} epochs "
-        "for the generator alone, SGD 1e-4 (Nesterov 0.9, weight decay 1e-4, no decay of the rate in so few epochs), τ 20.",
+        f"{len(bench.labels)} images. Joint training, batch 16, 200 iterations an epoch, the first {WARMUP_EPOCHS} "
+        "epochs for the generator alone, SGD 1e-4 (Nesterov 0.9, weight decay 1e-4, no decay of the rate), τ 20.",
         "Weights PER_KERNEL have a range for each kernel slice, which no integer kernel can run: for comparison only.",
         f"Before: ranges from 512 images of the untrained generator. Median (least–most) of seeds "
         f"{', '.join(map(str, seeds))}; the last epoch counts.",
