@@ -38,6 +38,19 @@ def input_of(node: fx.Node) -> fx.Node:
     return source
 
 
+def comes_from_image(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether no layer lies between the image and ``node``: it is the image, perhaps normalized, cropped or padded."""
+    stack, seen = [node], {node}
+    while stack:
+        above = stack.pop()
+        if isinstance(module_of(graph_module, above), LAYER_TYPES):
+            return False
+        new = [source for source in above.all_input_nodes if source not in seen]
+        seen.update(new)
+        stack += new
+    return True
+
+
 def rearranges(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` does nothing but move values: then it can move their codes instead.
 

@@ -61,6 +61,7 @@ class CodePlacement:
 
     def finish(self) -> None:
         """Let all other readers of a value read its dequantized codes, of the most bits where there are several."""
+        self._move_what_is_made()
         places = {node: place for place, node in enumerate(self._student.graph.nodes)}
         by_source: dict[fx.Node, list[tuple[fx.Node, CodeSource]]] = {}
         for made in (self._made, self._moved):
@@ -77,6 +78,20 @@ class CodePlacement:
                 for user in others:
                     user.replace_input_with(source, values)
             self._erase_unread(source)
+
+    def _move_what_is_made(self) -> None:
+        """Carry rearrangements that no layer reads as codes, too, where all their values are made as codes anyway."""
+        copies = set(self._copies.values())
+        for node in list(self._student.graph.nodes):
+            if not rearranges(self._student, node) or node in copies or any(n is node for n, _ in self._moved):
+                continue
+            if all(rearranges(self._student, user) for user in node.users):
+                continue
+            widths = [{bits for made, bits in self._made if made is origin} for origin in self._origins(node)]
+            common = set.intersection(*widths)
+            moved = self._rearranged(node, max(common)) if common else None
+            if moved is not None:
+                self._moved[node, max(common)] = self._copy(node, max(common)), moved
 
     def _make(self, source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
         code_range = CodeRange.of(bits, signed=not is_non_negative(self._student, source))

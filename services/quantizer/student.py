@@ -22,6 +22,7 @@ from services.quantizer.config import Quantization, WeightGranularity
 from services.quantizer.fake_quant import DynamicActivation, fake_quantize, weight_dims
 from services.quantizer.graph import (
     BATCH_NORM_TYPES,
+    comes_from_image,
     fold_batch_norms,
     input_of,
     insert_module,
@@ -57,7 +58,7 @@ def build_student(
 
     Raises:
         InvalidArgumentError: an override names no layer.
-        FailedPreconditionError: a layer cannot be quantized (padding other than zeros).
+        FailedPreconditionError: a layer cannot be quantized (padding other than zeros, input without channels).
     """
     quantization.check_layers(layer_names(model))
     student = copy.deepcopy(model)
@@ -79,18 +80,15 @@ def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range
     for norm, producer in fold_batch_norms(student).items():
         moments[producer] = moments[norm]
     placement = CodePlacement(student, moments, pixel_range)
-    for node, layer in list(layers(student)):
-        source = input_of(node)
-        bits = quantization.bits(str(node.target), reads_input=source.op == "placeholder")
-        codes, quantizer = placement.codes_of(source, bits.activation)
+    found = list(layers(student))
+    for node, layer in found:
+        _check_layer(node, layer)
+    bits_of = {n: quantization.bits(str(n.target), comes_from_image(student, input_of(n))) for n, _ in found}
+    for node, layer in found:
+        bits = bits_of[node]
+        codes, quantizer = placement.codes_of(input_of(node), bits.activation)
         quantized: nn.Module
         if isinstance(layer, nn.Conv2d):
-            if layer.padding_mode != "zeros":
-                raise FailedPreconditionError(
-                    f"layer {node.target} pads with {layer.padding_mode!r}; only zero padding can be quantized",
-                    reason="PADDING_MODE_UNSUPPORTED",
-                    field="model.artifact",
-                )
             quantized = QuantizedConv2d(layer, quantizer, bits)
         else:
             quantized = QuantizedLinear(layer, quantizer, bits)
@@ -106,6 +104,24 @@ def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range
         set_module(student, str(node.target), reader)
         node.args = (codes,)
     placement.finish()
+
+
+def _check_layer(node: fx.Node, layer: nn.Conv2d | nn.Linear) -> None:
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        raise FailedPreconditionError(
+            f"layer {node.target} pads with {layer.padding_mode!r}; only zero padding can be quantized",
+            reason="PADDING_MODE_UNSUPPORTED",
+            field="model.artifact",
+        )
+    shape = tuple(input_of(node).meta["tensor_meta"].shape)
+    if len(shape) != (4 if isinstance(layer, nn.Conv2d) else 2):
+        raise FailedPreconditionError(
+            f"layer {node.target} reads a tensor of shape N×{'×'.join(map(str, shape[1:]))}; a scale per channel needs "
+            "N×C×H×W before a convolution and N×F before a linear layer, so networks with tokens (attention) are not "
+            "supported",
+            reason="LAYER_INPUT_UNSUPPORTED",
+            field="model.artifact",
+        )
 
 
 class _SimulatedWeight(nn.Module):

@@ -15,15 +15,15 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
             module.weight.data.copy_(torch.randn(module.weight.shape, generator=rng) * spread)
             if module.bias is not None:
                 module.bias.data.copy_(torch.randn(module.bias.shape, generator=rng) * 0.1)
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             for tensor, low, high in (
                 (module.running_mean, -0.3, 0.3),
                 (module.running_var, 0.5, 2.0),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -0.3, 0.3),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
             ):
-                assert tensor is not None
-                tensor.copy_(torch.rand(tensor.shape, generator=rng) * (high - low) + low)
+                if tensor is not None:
+                    tensor.data.copy_(torch.rand(tensor.shape, generator=rng) * (high - low) + low)
     return model.eval()
 
 

@@ -57,10 +57,11 @@ def build(name: str, state: dict[str, torch.Tensor], in_channels: int, num_class
         num_classes: Number of classes, or None to take it from the classifier's weights.
 
     Raises:
-        InvalidArgumentError: WEIGHTS_MISMATCH, BATCH_NORM_FOLDED or INPUT_SHAPE_MISMATCH.
+        InvalidArgumentError: WEIGHTS_MISMATCH, BATCH_NORM_FOLDED, BATCH_NORM_MISSING or INPUT_SHAPE_MISMATCH.
     """
     with _NoWeights():
         model = _create(name, num_classes or 1000, in_channels)
+        _check_batch_norm(name, model)
         classifier = _classifier(model)
         if num_classes is None and f"{classifier}.weight" in state:
             model = _create(name, int(state[f"{classifier}.weight"].shape[0]), in_channels)
@@ -103,6 +104,20 @@ def _create(name: str, num_classes: int, in_channels: int) -> nn.Module:
 
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     return model
+
+
+def _check_batch_norm(name: str, model: nn.Module) -> None:
+    """Refuse an architecture that never had BatchNorm layers, whatever its weights."""
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return
+    raise refuse("BATCH_NORM_MISSING", f"{name} {no_batch_norm(model)}", FIELD)
+
+
+def no_batch_norm(model: nn.Module) -> str:
+    """Return what there is to say about a model without BatchNorm layers, to follow its name."""
+    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))})
+    instead = f": it normalizes with {' and '.join(others)}, which keeps none" if others else ""
+    return f"has no BatchNorm layers, whose statistics stand in for training data{instead}"
 
 
 def _classifier(model: nn.Module) -> str:

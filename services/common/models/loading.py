@@ -145,16 +145,15 @@ def _check_batch_norm(module: fx.GraphModule) -> None:
             raise refuse("BATCH_NORM_INVALID", f"BatchNorm {name!r} holds a negative variance")
     if layers:
         return
-    if convolutions and all(m.bias is not None for m in convolutions):
+    missing = f"the model {architectures.no_batch_norm(module)}"
+    other = any(isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for m in module.modules())
+    if convolutions and all(m.bias is not None for m in convolutions) and not other:
         raise refuse(
             "BATCH_NORM_FOLDED",
-            "the model has no BatchNorm layers and all its convolutions have biases: BatchNorm seems to be folded into "
-            "them. Its statistics stand in for training data, so send the model as it was before folding (fusing)",
+            f"{missing}. As all its convolutions have biases, BatchNorm seems to be folded into them: send the model "
+            "from before folding (fusing). A network that never had BatchNorm cannot be quantized without data here",
         )
-    raise refuse(
-        "BATCH_NORM_MISSING",
-        "the model has no BatchNorm layers; their statistics stand in for training data, which is not needed then",
-    )
+    raise refuse("BATCH_NORM_MISSING", f"{missing}; without them a network cannot be quantized without data here")
 
 
 def summarize(model: LoadedModel) -> reports_pb2.ModelSummary:
