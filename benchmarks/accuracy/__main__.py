@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.accuracy.ablation import ablation
 from benchmarks.accuracy.bench import Bench
 from benchmarks.accuracy.deployable import deployable
 from benchmarks.accuracy.reproduce import SETTINGS, reproduce
@@ -72,6 +73,34 @@ def deployable_command(
         bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
         numbers = [int(seed) for seed in seeds.split(",")]
         deployable(bench, pairs, numbers, synthesis_iterations, images, iterations, batch, out)
+
+
+@app.command("ablation")
+def ablation_command(
+    data: Data,
+    model: Model = _EXAMPLE,
+    bits: Annotated[str, typer.Option(help="Widths, separated by commas.")] = "3,4,5,8",
+    seeds: Seeds = "0,1,2",
+    synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 500,
+    images: Annotated[int, typer.Option(help="Synthetic images.")] = 1536,
+    iterations: Annotated[int, typer.Option(help="Training iterations; 0 leaves training out.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images in an iteration.")] = 16,
+    mean: Mean = 0.2860,
+    std: Std = 0.3530,
+    pad: Pad = 0,
+    channels: Channels = 1,
+    limit: Limit = 2000,
+    threads: Threads = 0,
+    bounded: Annotated[bool, typer.Option(help="Tell the generator what black and white are.")] = True,
+    out: Out = None,
+) -> None:
+    """What gives the accuracy: granularities, bits, inputs."""
+    if threads:
+        torch.set_num_threads(threads)
+    with TemporaryDirectory() as folder:
+        bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
+        widths, numbers = ([int(part) for part in text.split(",")] for text in (bits, seeds))
+        ablation(bench, widths, numbers, synthesis_iterations, images, iterations, batch, out)
 
 
 @app.command("reproduce")

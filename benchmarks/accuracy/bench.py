@@ -16,6 +16,7 @@ from granq.v1 import common_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.datasets import open_dataset
 from services.common.models import LoadedModel, load_model
+from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.evaluator.graph import load_graph
 from services.evaluator.onnx_runtime import OnnxModel
 from services.generator.synthesis import SynthesisParameters, Synthesizer
@@ -24,7 +25,6 @@ from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.integer import to_integer
 from services.quantizer.onnx_export import export_trt, save
-from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
 from services.quantizer.training import Trainer
 

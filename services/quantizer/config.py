@@ -36,7 +36,19 @@ class LayerBits:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Number formats of a model. ``overrides`` maps layer names to the bits that differ (None: as the rest)."""
+    """Number formats of a model.
+
+    Attributes:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8.
+        input_bits: Of the image, 2 to 8.
+        overrides: Layer names to the (weight, activation) bits that differ; None: as the rest.
+        activation_granularity: Which activations share a range.
+        weight_granularity: Which weights share a range.
+        fold: False leaves PER_CHANNEL ranges outside of the weights: a simulation, for comparisons.
+        every_input: Whether a simulation quantizes what every layer reads, as deployable students do, instead of ReLU
+            outputs alone, as published. For comparisons.
+    """
 
     weight_bits: int
     activation_bits: int
@@ -44,11 +56,13 @@ class Quantization:
     overrides: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     activation_granularity: ActivationGranularity = ActivationGranularity.PER_CHANNEL
     weight_granularity: WeightGranularity = WeightGranularity.PER_OUTPUT_CHANNEL
+    fold: bool = True
+    every_input: bool = False
 
     @property
     def deployable(self) -> bool:
         """Whether an integer engine can run it; otherwise it is a simulation."""
-        return self.activation_granularity is ActivationGranularity.PER_CHANNEL
+        return self.fold and self.activation_granularity is ActivationGranularity.PER_CHANNEL
 
     def bits(self, layer: str, reads_input: bool = False) -> LayerBits:
         """Return the bit widths of ``layer``; ``reads_input`` says that its input is the image."""

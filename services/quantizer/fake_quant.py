@@ -4,6 +4,7 @@ A group of values shares one range. For activations of shape N×C×H×W (or N×F
 
     PER_TENSOR           all values                       ranges 1
     PER_SAMPLE_CHANNEL   x[n, c] over H×W (or row x[n])   ranges N×C×1×1 (or N×1)
+    PER_CHANNEL          x[:, c]                          ranges 1×C×1×1 (or 1×C); for comparisons only
 
 and for weights O×I×k×k (or O×F)
 
@@ -91,7 +92,7 @@ def activation_dims(rank: int, granularity: ActivationGranularity) -> tuple[int,
         return tuple(range(rank))
     if granularity is ActivationGranularity.PER_SAMPLE_CHANNEL:
         return (1,) if rank == 2 else tuple(range(2, rank))
-    raise ValueError(f"{granularity.name} activations have static scales; they are quantized by learned.py")
+    return (0, *range(2, rank))
 
 
 def weight_dims(rank: int, granularity: WeightGranularity) -> tuple[int, ...]:
@@ -106,7 +107,8 @@ class DynamicActivation(nn.Module):
 
     PER_TENSOR follows the earlier methods that GranQ compares with: while ``tracking`` is set, an exponential moving
     average of minimum and maximum (β = 0.9, bias-corrected) is kept and used; later it stays as it is, and values
-    outside are clipped. PER_SAMPLE_CHANNEL is always dynamic.
+    outside are clipped. PER_CHANNEL does the same with a range for each of the ``channels``. PER_SAMPLE_CHANNEL is
+    always dynamic.
     """
 
     BETA = 0.9
@@ -114,31 +116,38 @@ class DynamicActivation(nn.Module):
     hi: Tensor
     steps: Tensor
 
-    def __init__(self, bits: int, granularity: ActivationGranularity) -> None:
+    def __init__(self, bits: int, granularity: ActivationGranularity, channels: int = 1) -> None:
         super().__init__()
-        activation_dims(4, granularity)
         self.bits = bits
         self.granularity = granularity
         self.tracking = True
-        self.register_buffer("lo", torch.zeros(()))
-        self.register_buffer("hi", torch.zeros(()))
+        shape = (channels,) if granularity is ActivationGranularity.PER_CHANNEL else ()
+        self.register_buffer("lo", torch.zeros(shape))
+        self.register_buffer("hi", torch.zeros(shape))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fake-quantized activation."""
         dims = activation_dims(x.dim(), self.granularity)
-        if self.granularity is not ActivationGranularity.PER_TENSOR:
+        if self.granularity is ActivationGranularity.PER_SAMPLE_CHANNEL:
             return fake_quantize(x, dims, self.bits)
         if self.tracking:
             lo, hi = group_range(x.detach(), dims)
-            self.lo.mul_(self.BETA).add_(lo.view(()), alpha=1 - self.BETA)
-            self.hi.mul_(self.BETA).add_(hi.view(()), alpha=1 - self.BETA)
+            self.lo.mul_(self.BETA).add_(lo.view(self.lo.shape), alpha=1 - self.BETA)
+            self.hi.mul_(self.BETA).add_(hi.view(self.hi.shape), alpha=1 - self.BETA)
             self.steps += 1
         if not self.steps:
-            raise RuntimeError("the range of a PER_TENSOR activation was never tracked; run a batch with tracking set")
+            raise RuntimeError(
+                f"the range of a {self.granularity.name} activation was never tracked; run a batch with tracking set"
+            )
         correction = 1 - self.BETA**self.steps
-        result: Tensor = _FakeQuantize.apply(x, self.lo / correction, self.hi / correction, self.bits, True)
+        lo, hi = (self._spread(range_ / correction, x.dim()) for range_ in (self.lo, self.hi))
+        result: Tensor = _FakeQuantize.apply(x, lo, hi, self.bits, True)
         return result
+
+    @staticmethod
+    def _spread(range_: Tensor, rank: int) -> Tensor:
+        return range_.view(1, -1, *[1] * (rank - 2)) if range_.dim() else range_
 
     def extra_repr(self) -> str:
         """Say bits and granularity."""

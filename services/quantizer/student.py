@@ -22,6 +22,7 @@ from services.quantizer.config import Quantization, WeightGranularity
 from services.quantizer.fake_quant import DynamicActivation, fake_quantize, weight_dims
 from services.quantizer.graph import (
     BATCH_NORM_TYPES,
+    channels_of,
     comes_from_image,
     fold_batch_norms,
     input_of,
@@ -172,14 +173,20 @@ def _simulated(student: fx.GraphModule, quantization: Quantization) -> None:
         )
         set_module(student, str(node.target), simulated)
     for node in list(student.graph.nodes):
-        if isinstance(module_of(student, node), (nn.ReLU, nn.ReLU6)):
-            reader = readers.get(node)
-            bits_here = quantization.bits(reader).activation if reader else quantization.activation_bits
-            quantizer = DynamicActivation(bits_here, quantization.activation_granularity)
-            others = list(node.users)
-            quantized = insert_module(student, node, node, f"fake_{node.name}", quantizer)
-            for user in others:
-                user.replace_input_with(node, quantized)
+        activation = isinstance(module_of(student, node), (nn.ReLU, nn.ReLU6))
+        if not activation and not (quantization.every_input and node in readers):
+            continue
+        reader = readers.get(node)
+        bits_here = (
+            quantization.bits(reader, reads_input=node.op == "placeholder").activation
+            if reader
+            else quantization.activation_bits
+        )
+        quantizer = DynamicActivation(bits_here, quantization.activation_granularity, channels_of(node))
+        others = list(node.users)
+        quantized = insert_module(student, node, node, f"fake_{node.name}", quantizer)
+        for user in others:
+            user.replace_input_with(node, quantized)
 
 
 def stop_tracking(student: nn.Module) -> None:

@@ -104,8 +104,6 @@ def test_granularities_group_as_they_say() -> None:
     # One value has its own range, and so passes unquantized.
     assert torch.allclose(fake_quantize(w, weight_dims(4, WeightGranularity.PER_KERNEL), 3), w, rtol=1e-6)
     assert not torch.allclose(fake_quantize(w, weight_dims(4, WeightGranularity.PER_OUTPUT_CHANNEL), 3), w, rtol=1e-2)
-    with pytest.raises(ValueError, match="static"):
-        activation_dims(4, ActivationGranularity.PER_CHANNEL)
 
 
 def test_per_tensor_range_is_a_corrected_average_and_then_frozen() -> None:
@@ -119,3 +117,16 @@ def test_per_tensor_range_is_a_corrected_average_and_then_frozen() -> None:
     clipped = quantizer(torch.full((1, 1, 2, 2), 100.0))
     assert float(clipped.max()) == pytest.approx(average, rel=0.02)
     assert quantizer.steps == 3
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (6, 3)])
+def test_per_channel_ranges_are_those_of_single_channels(shape: tuple[int, ...]) -> None:
+    channels = DynamicActivation(4, ActivationGranularity.PER_CHANNEL, shape[1])
+    alone = [DynamicActivation(4, ActivationGranularity.PER_TENSOR) for _ in range(shape[1])]
+    batches = [torch.randn(shape) * torch.tensor([1.0, 10.0, 0.1]).view(1, 3, *[1] * (len(shape) - 2)) for _ in "123"]
+    for index, x in enumerate(batches):
+        for module in (channels, *alone):
+            module.tracking = index < 2
+        got = channels(x)
+        for c, module in enumerate(alone):
+            assert torch.equal(got[:, c], module(x[:, c : c + 1])[:, 0])

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from services.common.errors import InvalidArgumentError
 from services.quantizer.batches import Batch, ReplaySource
 from services.quantizer.calibrate import best_scale, calibrate
 from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training, WeightGranularity
+from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.losses import generator_loss, student_loss
 from services.quantizer.student import build_student
 from services.quantizer.training import SCALE_LEARNING_RATE, Trainer
@@ -152,6 +154,23 @@ def test_best_scale_is_near_the_optimum_of_a_fine_search() -> None:
     fine = torch.stack([error(values.abs().amax(1) / 7 * r) for r in torch.linspace(0.1, 1, 400).tolist()]).amin(0)
     assert (error(got) <= fine * 1.02).all()
     assert best_scale(torch.zeros(2, 10), 0, 3).tolist() == [0, 0]
+
+
+def test_a_comparison_may_quantize_every_input_or_leave_channel_ranges_unfolded() -> None:
+    published = build_student(captured(Residual(), SHAPE), QUANTIZATIONS[1])
+    everything = build_student(captured(Residual(), SHAPE), replace(QUANTIZATIONS[1], every_input=True))
+    static = Quantization(4, 4, fold=False, every_input=True)
+    assert not static.deployable
+    unfolded = build_student(captured(Residual(), SHAPE), static)
+
+    def inputs(student: fx.GraphModule) -> int:
+        return sum(isinstance(module, DynamicActivation) for module in student.modules())
+
+    # The outputs of four ReLUs; beside them the image and the pooled features.
+    assert (inputs(published), inputs(everything), inputs(unfolded)) == (4, 6, 6)
+    float_logits = captured(Residual(), SHAPE)(batch().images)
+    error = (unfolded(batch().images) - float_logits).square().mean() / float_logits.square().mean()
+    assert 0 < error.item() < 0.3
 
 
 def test_configuration_is_refused_with_the_field() -> None:
