@@ -23,6 +23,7 @@ class SynthesisParameters:
         learning_rate: Of Adam.
         beta: Weight of the classification loss.
         gamma: Weight of L_BNS.
+        bounded: Whether images keep between black and white, where these are known.
     """
 
     batch_size: int
@@ -30,11 +31,13 @@ class SynthesisParameters:
     learning_rate: float = 1e-3
     beta: float = 1.0
     gamma: float = 1.0
+    bounded: bool = True
 
     @classmethod
     def of(cls, config: common_pb2.GeneratorConfig, batch_size: int, seed: int) -> Self:
         """Return the parameters of a request, with the contract's defaults for what it leaves out."""
-        given = {name: getattr(config, name) for name in ("learning_rate", "beta", "gamma") if config.HasField(name)}
+        names = ("learning_rate", "beta", "gamma", "bounded")
+        given = {name: getattr(config, name) for name in names if config.HasField(name)}
         return cls(batch_size=batch_size, seed=seed, **given)
 
 
@@ -103,7 +106,7 @@ class Synthesizer:
         # The weights are drawn on the CPU from the seed alone, without a trace in the process's own random state.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(parameters.seed)
-            self.generator = ConditionalGenerator(input_shape, num_classes, pixel_range)
+            self.generator = ConditionalGenerator(input_shape, num_classes, pixel_range if parameters.bounded else None)
         self.generator.to(device).train()
         self._random = torch.Generator().manual_seed(parameters.seed)
         self._optimizer = torch.optim.Adam(self.generator.parameters(), lr=parameters.learning_rate, betas=_BETAS)

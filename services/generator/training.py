@@ -42,6 +42,7 @@ def create_synthesizer(
         "learning_rate": parameters.learning_rate,
         "beta": parameters.beta,
         "gamma": parameters.gamma,
+        "bounded": parameters.bounded,
         "normalization": [list(model.normalization.mean), list(model.normalization.std)],
     }
     return synthesizer, belongs_to

@@ -65,7 +65,7 @@ def test_simulated_recipes_have_the_published_numbers(name: str, network: str, b
     disagreement, lower = IMAGENET_LOSSES[bits] if schedule is IMAGENET else (0.2, 0.1)
     generator = spec.synthesis.generator
     assert GeneratorLosses.from_proto(generator) == GeneratorLosses(disagreement, 0.1, lower, 0.8, 1.0)
-    assert (generator.learning_rate, generator.gamma) == (1e-3, 1.0)
+    assert (generator.learning_rate, generator.gamma, generator.bounded) == (1e-3, 1.0, False)
     assert not spec.engines
     assert "simulated" in recipes.summary(recipes.read(name))
     assert ("code" in recipes.summary(recipes.read(name))) == bool(code)

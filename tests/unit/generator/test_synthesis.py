@@ -125,3 +125,15 @@ def test_order_of_calls() -> None:
 def test_defaults_of_the_contract() -> None:
     given = SynthesisParameters.of(common_pb2.GeneratorConfig(gamma=0.0), 16, 5)
     assert given == SynthesisParameters(batch_size=16, seed=5, learning_rate=1e-3, beta=1.0, gamma=0.0)
+
+
+def test_bounds_hold_where_pixels_are_known_unless_the_request_says_otherwise() -> None:
+    known = (torch.full((3,), -0.5), torch.full((3,), 0.5))
+
+    def largest(bounded: bool) -> float:
+        parameters = SynthesisParameters.of(common_pb2.GeneratorConfig(bounded=bounded), 6, 3)
+        made = Synthesizer(captured(Residual(), SHAPE), SHAPE, 10, parameters, torch.device("cpu"), known)
+        return float(made.draw(train=False).images.abs().max())
+
+    assert largest(True) <= 0.5 < largest(False)
+    assert SynthesisParameters.of(common_pb2.GeneratorConfig(), 6, 3).bounded
