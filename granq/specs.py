@@ -204,8 +204,11 @@ def engine_target(
     batch: common_pb2.BatchProfile | None = None,
     workspace_bytes: int | None = None,
     optimization_level: int | None = None,
+    name: str = "",
 ) -> common_pb2.EngineTarget:
     """Choose what an engine is built for: ``runtime`` "auto", "tensorrt" or "rtx"; capabilities such as "8.9".
+
+    :mod:`granq.targets` has ready ones for common devices.
 
     Raises:
         ValueError: Unknown runtime.
@@ -217,6 +220,7 @@ def engine_target(
         batch=batch,
         workspace_bytes=workspace_bytes,
         optimization_level=optimization_level,
+        name=name,
     )
 
 

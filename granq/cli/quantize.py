@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from granq.cli.session import DEFAULT_ADDRESS, Address, AsJson, Detached, connect, console, to_dict, write_json
+from granq.cli.targets import Engine, parse_engines
 
 if TYPE_CHECKING:
     from granq.client import Client
     from granq.v1.artifacts_pb2 import Artifact
-    from granq.v1.common_pb2 import Dataset, EngineTarget
+    from granq.v1.common_pb2 import Dataset
     from granq.v1.coordinator_pb2 import PipelineSpec
 
 DIGEST_PREFIX = "sha256:"
@@ -23,15 +24,6 @@ class Mode(StrEnum):
 
     CO_TRAIN = "co-train"
     REPLAY = "replay"
-
-
-class Engine(StrEnum):
-    """Engines to ask for."""
-
-    AUTO = "auto"
-    TENSORRT = "tensorrt"
-    RTX = "rtx"
-    NONE = "none"
 
 
 class DatasetKind(StrEnum):
@@ -104,8 +96,12 @@ def quantize(
     pad: Annotated[int, typer.Option(help="Black pixels added on each side.", rich_help_panel=DATA)] = 0,
     channels: Annotated[int | None, typer.Option(help="1, or 3.", rich_help_panel=DATA)] = None,
     limit: Annotated[int, typer.Option(help="Only the first so many images; 0: all.", rich_help_panel=DATA)] = 0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Device to build for, by name or .yaml file; repeatable.", rich_help_panel=RESULT),
+    ] = None,
     engine: Annotated[
-        Engine | None, typer.Option(help="Engine to build. Default: auto.", rich_help_panel=RESULT)
+        Engine | None, typer.Option(help="Engine to build, without --target. Default: auto.", rich_help_panel=RESULT)
     ] = None,
     sm: Annotated[
         list[str] | None, typer.Option(help="Compute capability such as 8.9; repeatable.", rich_help_panel=RESULT)
@@ -145,7 +141,8 @@ def quantize(
         )
         shape = parse_numbers(input_shape, int, "--input-shape")
         statistics = parse_numbers(mean, float, "--mean"), parse_numbers(std, float, "--std")
-        engines = [] if recipe and engine is None and not sm else parse_engines(engine or Engine.AUTO, sm or [])
+        asked = engine is not None or sm or target
+        engines = parse_engines(engine, sm or [], target or []) if asked or not recipe else []
         if engine is Engine.NONE:
             base.ClearField("engines")
         labelled: Dataset | None = None
@@ -238,21 +235,6 @@ def parse_numbers(text: str, kind: type[NumberT], option: str) -> list[NumberT]:
         return [kind(part) for part in text.split(",")] if text else []
     except ValueError as error:
         raise ValueError(f"{option} must be numbers separated by commas, not {text!r}") from error
-
-
-def parse_engines(engine: Engine, capabilities: list[str]) -> "list[EngineTarget]":
-    """Return the engines to ask for: one or none.
-
-    Raises:
-        ValueError: Capabilities were named although no engine is wanted.
-    """
-    from granq import specs
-
-    if engine is Engine.NONE:
-        if capabilities:
-            raise ValueError("--sm has no meaning with --engine none")
-        return []
-    return [specs.engine_target(engine, compute_capabilities=capabilities)]
 
 
 def dataset_kind(source: str, kind: DatasetKind | None) -> str:

@@ -141,8 +141,12 @@ def _engine_lines(pipeline: coordinator_pb2.Pipeline, folder: Path | None) -> It
     if pipeline.state == coordinator_pb2.PIPELINE_STATE_SUCCEEDED and not pipeline.results.engines:
         yield "engine: none was asked for"
     for outcome in pipeline.results.engines:
+        target = outcome.target.name or RUNTIMES[outcome.target.runtime]
         if outcome.WhichOneof("outcome") == "failure":
-            yield f"engine: none for {RUNTIMES[outcome.target.runtime]}: {outcome.failure.message}"
+            yield f"engine: none for {target}: {outcome.failure.message}"
+            continue
+        if outcome.WhichOneof("outcome") == "graph":
+            yield f"engine: none needed for {target}; it loads {_find(folder, outcome.graph) or outcome.graph.digest}"
             continue
         manifest = outcome.engine.manifest
         place = _find(folder, manifest.engine)

@@ -17,35 +17,44 @@ def read_spec(text: str, origin: str) -> coordinator_pb2.PipelineSpec:
         root = loader.get_single_node()
         if root is None:
             raise ValueError(f"{origin}: the recipe is empty")
-        _Reader(loader, origin).fill(spec, root, "")
+        MessageReader(loader, origin).fill(spec, root, "")
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{origin}: not a YAML document: {' '.join(str(error).split())}") from error
     return spec
 
 
-class _Reader:
-    """Goes through a YAML document beside the message that it describes, so that errors can name the line."""
+class MessageReader:
+    """Goes through a YAML document beside the message that it describes, so that errors can name the line.
+
+    Args:
+        loader: What composed the document.
+        origin: Its name, for errors.
+    """
 
     def __init__(self, loader: yaml.SafeLoader, origin: str) -> None:
         self._loader = loader
         self._origin = origin
 
     def fill(self, message: Message, node: yaml.Node, path: str) -> None:
-        """Set the fields of ``message`` from a mapping; ``path`` leads to it."""
+        """Set the fields of ``message`` from a mapping; ``path`` leads to it.
+
+        Raises:
+            ValueError: An unknown or repeated field, or a value of a wrong kind.
+        """
         if not isinstance(node, yaml.MappingNode):
-            raise self._error(node, path, "must be a mapping of fields")
+            raise self.error(node, path, "must be a mapping of fields")
         fields = message.DESCRIPTOR.fields_by_name
         seen: set[str] = set()
         for key, value in node.value:
             name = str(key.value) if isinstance(key, yaml.ScalarNode) else "(no text)"
             place = f"{path}.{name}" if path else name
             if place == "model":
-                raise self._error(key, place, "a recipe has no model; it is named where the recipe is used")
+                raise self.error(key, place, "a recipe has no model; it is named where the recipe is used")
             if name not in fields:
                 known = ", ".join(field for field in fields if path or field != "model")
-                raise self._error(key, place, f"no such field; {message.DESCRIPTOR.name} has {known}")
+                raise self.error(key, place, f"no such field; {message.DESCRIPTOR.name} has {known}")
             if name in seen:
-                raise self._error(key, place, "given twice")
+                raise self.error(key, place, "given twice")
             seen.add(name)
             self._set(message, fields[name], value, place)
 
@@ -54,7 +63,7 @@ class _Reader:
             self._set_plain(message, field, node, place)
         elif field.is_repeated:
             if not isinstance(node, yaml.SequenceNode):
-                raise self._error(node, place, "must be a list")
+                raise self.error(node, place, "must be a list")
             for index, item in enumerate(node.value):
                 self.fill(getattr(message, field.name).add(), item, f"{place}[{index}]")
         else:
@@ -71,8 +80,9 @@ class _Reader:
         except (ParseError, TypeError, ValueError) as error:
             text = str(error).removeprefix(f"Failed to parse {field.name} field: ").rstrip(".")
             # The parser saw this one field of the message, and names it less well.
-            raise self._error(node, place, text.removesuffix(f" at {message.DESCRIPTOR.name}.{field.name}")) from error
+            raise self.error(node, place, text.removesuffix(f" at {message.DESCRIPTOR.name}.{field.name}")) from error
 
-    def _error(self, node: yaml.Node, place: str, what: str) -> ValueError:
+    def error(self, node: yaml.Node, place: str, what: str) -> ValueError:
+        """Return an error that names file, line and field."""
         line = node.start_mark.line + 1
         return ValueError(f"{self._origin}:{line}: {place or 'the recipe'}: {what}")

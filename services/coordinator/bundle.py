@@ -72,7 +72,7 @@ def bundle_files(results: coordinator_pb2.PipelineResults) -> list[BundleFile]:
         if outcome.WhichOneof("outcome") == "engine":
             manifest = outcome.engine.manifest
             runtime = common_pb2.Runtime.Name(manifest.runtime).removeprefix("RUNTIME_").lower()
-            stem = f"engines/{number}_{runtime}"
+            stem = f"engines/{number}_{outcome.target.name or runtime}"
             files.append(BundleFile(f"{stem}.engine", manifest.engine, "Engine"))
             files.append(BundleFile(f"{stem}.json", outcome.engine.manifest_file, "Manifest of that engine"))
     return files

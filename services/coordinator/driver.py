@@ -26,7 +26,7 @@ from services.coordinator.measurements import merge_evaluations, part_of
 from services.coordinator.metrics import JOB_RETRIES, STAGE_SECONDS
 from services.coordinator.relay import ProgressRelay
 from services.coordinator.repository import Repository
-from services.coordinator.requests import NAMES, STAGES, JobCall, Stage, applies, stage_calls
+from services.coordinator.requests import NAMES, STAGES, JobCall, Stage, applies, needs_engine, stage_calls
 from services.coordinator.runner import JobRunner, Patience
 from services.coordinator.threads import Threads
 from services.coordinator.transitions import JobCursor, SupersededError, Transitions
@@ -141,8 +141,13 @@ class PipelineDriver:
     ) -> coordinator_pb2.PipelineResults:
         part = coordinator_pb2.PipelineResults()
         # One after the other: the builder times kernels, and a second build on the same device would falsify them.
-        for target, call in zip(pipeline.spec.engines, calls, strict=True):
+        pending = iter(calls)
+        for target in pipeline.spec.engines:
             outcome = part.engines.add(target=target)
+            if not needs_engine(target):
+                outcome.graph.CopyFrom(pipeline.results.export.onnx_ort)
+                continue
+            call = next(pending)
             try:
                 result = await self._job(pipeline.pipeline_id, attempt, call)
             except FailedPreconditionError as error:

@@ -146,7 +146,9 @@ def _notes(pipeline: coordinator_pb2.Pipeline) -> list[str]:
 
 def _engine(outcome: coordinator_pb2.EngineOutcome) -> tuple[str, ...]:
     target = common_pb2.Runtime.Name(outcome.target.runtime).removeprefix("RUNTIME_").lower()
-    target = "default runtime" if target == "unspecified" else target
+    target = _text(outcome.target.name) or ("default runtime" if target == "unspecified" else target)
+    if outcome.WhichOneof("outcome") == "graph":
+        return target, "none needed: ONNX Runtime loads model_ort.onnx", "–", "–", "–"
     if outcome.WhichOneof("outcome") != "engine":
         return target, f"not built: {_text(outcome.failure.message)}", "–", "–", "–"
     built, manifest = outcome.engine, outcome.engine.manifest

@@ -71,6 +71,11 @@ def model_of(spec: coordinator_pb2.PipelineSpec) -> common_pb2.ModelSource:
     return model
 
 
+def needs_engine(target: common_pb2.EngineTarget) -> bool:
+    """Return whether something must be built for a target; ONNX Runtime loads the graph itself."""
+    return target.runtime != common_pb2.RUNTIME_ONNXRUNTIME
+
+
 def applies(stage: int, spec: coordinator_pb2.PipelineSpec) -> bool:
     """Return whether a stage has something to do for this spec."""
     if stage == Stage.STAGE_EXPORT:
@@ -81,7 +86,11 @@ def applies(stage: int, spec: coordinator_pb2.PipelineSpec) -> bool:
 
 
 def stage_calls(stage: int, pipeline: coordinator_pb2.Pipeline) -> list[JobCall]:
-    """Return the jobs of a stage: for BUILD_ENGINES one per target, in order; for EVALUATE graphs, then simulation."""
+    """Return the jobs of a stage.
+
+    For BUILD_ENGINES these are one for each target that needs an engine, in order; for EVALUATE graphs, then
+    simulation.
+    """
     spec, results = pipeline.spec, pipeline.results
     calls: list[JobCall] = []
     match stage:
@@ -100,8 +109,12 @@ def stage_calls(stage: int, pipeline: coordinator_pb2.Pipeline) -> list[JobCall]
             calls.append(JobCall("quantizer", export))
         case Stage.STAGE_BUILD_ENGINES:
             for number, target in enumerate(spec.engines, 1):
+                if not needs_engine(target):
+                    continue
                 build = evaluator_pb2.StartBuildEngineRequest(onnx_trt=results.export.onnx_trt, target=target)
-                label = f"engine {number} of {len(spec.engines)}" if len(spec.engines) > 1 else ""
+                parts = [target.name] if target.name else []
+                parts += [f"engine {number} of {len(spec.engines)}"] if len(spec.engines) > 1 else []
+                label = ", ".join(parts)
                 calls.append(JobCall("evaluator", build, label))
         case Stage.STAGE_EVALUATE:
             calls.extend(_evaluations(spec, results))

@@ -38,8 +38,9 @@ def build(spec: BuildSpec, report: Callable[[str, int, int], None]) -> BuildOutc
         report: Takes the builder's phase, its steps done and its steps in all; called from the builder's threads.
 
     Raises:
-        FailedPreconditionError: The runtime cannot be loaded, or refuses or fails to build; its messages are included.
-        InvalidArgumentError: The graph cannot be parsed, or the runtime does not know a compute capability.
+        FailedPreconditionError: The runtime cannot be loaded, does not know a compute capability, or refuses or fails
+            to build; its messages are included.
+        InvalidArgumentError: The graph cannot be parsed.
     """
     start = time.perf_counter()
     try:
@@ -94,8 +95,9 @@ def _configure(trt: Any, config: Any, spec: BuildSpec) -> None:
     }
     unknown = [c for c in spec.capabilities if c not in known]
     if unknown:
-        raise InvalidArgumentError(
+        raise FailedPreconditionError(
             f"{spec.module} {trt.__version__} builds for {', '.join(known)}, not for {', '.join(unknown)}",
+            reason="TARGET_UNSUPPORTED",
             field="target.compute_capabilities",
         )
     config.num_compute_capabilities = len(spec.capabilities)

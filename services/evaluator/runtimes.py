@@ -87,6 +87,8 @@ TENSORRT_RTX = EngineRuntime(
 )
 ENGINE_RUNTIMES = (TENSORRT, TENSORRT_RTX)
 """In the order in which the contract prefers them."""
+TARGET_ELSEWHERE = "TARGET_ELSEWHERE"
+"""Reason of refusals where another machine could build."""
 
 
 def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
@@ -95,12 +97,20 @@ def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
     Without a runtime in the target, it is the first installed one that can build on this machine.
 
     Raises:
-        FailedPreconditionError: The runtime is not installed (the message names the package), or needs a GPU.
-        InvalidArgumentError: TensorRT is asked to build for another GPU than the one at hand.
+        FailedPreconditionError: The target is another platform, GPU or version than this machine's, the runtime is not
+            installed (the message names the package), or it needs a GPU.
+        InvalidArgumentError: The runtime loads no engines.
     """
     wanted = [r for r in ENGINE_RUNTIMES if target.runtime in (common_pb2.RUNTIME_UNSPECIFIED, r.runtime)]
     if not wanted:
         raise InvalidArgumentError("an engine's runtime must be TENSORRT or TENSORRT_RTX", field="target.runtime")
+    if target.platform not in ("", platform_name()):
+        raise FailedPreconditionError(
+            f"engines for {target.name or 'this target'} are built on {target.platform}, and this evaluator runs on "
+            f"{platform_name()}; build there from model_trt.onnx, with an evaluator that runs on such a device",
+            reason=TARGET_ELSEWHERE,
+            field="target.platform",
+        )
     installed = [r for r in wanted if r.version() is not None]
     if not installed:
         packages = " or ".join(f"pip install {r.package}" for r in wanted)
@@ -118,16 +128,30 @@ def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
             reason="GPU_REQUIRED",
             field="target.runtime",
         )
-    chosen = able[0]
+    right = [r for r in able if _begins(r.version() or "", target.runtime_version)]
+    if not right:
+        raise FailedPreconditionError(
+            f"the engine is wanted from {able[0].module} {target.runtime_version}, and this evaluator has "
+            f"{able[0].version()}; engines load only in the version that built them",
+            reason=TARGET_ELSEWHERE,
+            field="target.runtime_version",
+        )
+    chosen = right[0]
     if not chosen.takes_capabilities and gpu is not None:
         others = sorted(set(target.compute_capabilities) - {gpu.compute_capability})
         if others:
-            raise InvalidArgumentError(
+            raise FailedPreconditionError(
                 f"{chosen.module} builds for the GPU at hand, {gpu.name} with compute capability "
                 f"{gpu.compute_capability}, not for {', '.join(others)}",
+                reason=TARGET_ELSEWHERE,
                 field="target.compute_capabilities",
             )
     return chosen
+
+
+def _begins(version: str, wanted: str) -> bool:
+    """Return whether a version is the wanted one, or a release of it; a version that is not known is taken."""
+    return version == "unknown" or f"{version}.".startswith(f"{wanted}." if wanted else "")
 
 
 def capabilities() -> evaluator_pb2.GetCapabilitiesResponse:

@@ -6,7 +6,8 @@ import protovalidate
 import pytest
 
 import granq
-from granq.cli.quantize import DatasetKind, Engine, dataset_kind, parse_engines, parse_numbers, parse_overrides
+from granq.cli.quantize import DatasetKind, dataset_kind, parse_numbers, parse_overrides
+from granq.cli.targets import Engine, parse_engines
 from granq.local.plan import SERVICES, Plan
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
 
@@ -73,10 +74,10 @@ def test_numbers() -> None:
 
 
 def test_engines() -> None:
-    assert parse_engines(Engine.NONE, []) == []
-    assert parse_engines(Engine.AUTO, [])[0].runtime == common_pb2.RUNTIME_UNSPECIFIED
+    assert parse_engines(Engine.NONE, [], []) == []
+    assert parse_engines(Engine.AUTO, [], [])[0].runtime == common_pb2.RUNTIME_UNSPECIFIED
     with pytest.raises(ValueError, match="--sm"):
-        parse_engines(Engine.NONE, ["8.9"])
+        parse_engines(Engine.NONE, ["8.9"], [])
 
 
 def test_dataset_format_is_taken_from_the_name_of_an_npz_only() -> None:

@@ -152,3 +152,19 @@ async def test_a_defect_fails_the_pipeline_without_telling_its_text(
     failure = sqlite.repository.get(name).pipeline.failure
     assert (failure.code, failure.reason) == (13, "INTERNAL")
     assert "evaluation" not in failure.message
+
+
+async def test_each_target_gets_its_engine_its_reason_or_the_graph(
+    sqlite: Database, driver: PipelineDriver, workers: PromptWorkers, store: ArtifactStore
+) -> None:
+    made = spec()
+    made.engines.add(runtime=common_pb2.RUNTIME_ONNXRUNTIME, name="cpu")
+    made.engines.add(runtime=common_pb2.RUNTIME_TENSORRT_RTX, name="rtx-ada")
+    name = sqlite.repository.create(made, "", ME)[0].pipeline_id
+    for stage in (Stage.STAGE_EXPORT, Stage.STAGE_BUILD_ENGINES):
+        assert await driver.run_stage(name, 1, stage) == CONTINUE
+    found = sqlite.repository.get(name).pipeline.results
+    assert [outcome.WhichOneof("outcome") for outcome in found.engines] == ["graph", "engine"]
+    assert found.engines[0].graph == found.export.onnx_ort
+    assert [outcome.target.name for outcome in found.engines] == ["cpu", "rtx-ada"]
+    assert workers.started.count("StartBuildEngineRequest") == 1

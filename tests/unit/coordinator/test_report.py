@@ -84,6 +84,18 @@ def test_pictures_and_diagnostics_lie_in_a_folder_and_are_shown(
         assert f"](report/{name}.png)" in markdown
 
 
+def test_named_targets_are_named_in_files_and_report(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> None:
+    pipeline.results.engines[0].target.name = "rtx-ada"
+    cpu = pipeline.results.engines.add(target=common_pb2.EngineTarget(runtime=common_pb2.RUNTIME_ONNXRUNTIME))
+    cpu.target.name = "cpu"
+    cpu.graph.CopyFrom(pipeline.results.export.onnx_ort)
+    with zipfile.ZipFile(store.local_path(build_report(store, pipeline).bundle.digest)) as bundle:
+        assert {"engines/1_rtx-ada.engine", "engines/1_rtx-ada.json"} < set(bundle.namelist())
+        markdown = bundle.read("report.md").decode()
+    assert "| rtx-ada | tensorrt_rtx 1.7" in markdown
+    assert "| cpu | none needed: ONNX Runtime loads model_ort.onnx |" in markdown
+
+
 def test_names_from_users_cannot_break_the_table(pipeline: coordinator_pb2.Pipeline) -> None:
     pipeline.spec.display_name = "a | b\n# <script>`"
     first = report_markdown(pipeline, []).decode().splitlines()[0]

@@ -87,6 +87,10 @@ def test_engines_are_built_from_the_trt_graph_one_per_target() -> None:
     for call, target in zip(calls, pipeline.spec.engines, strict=True):
         assert isinstance(call.request, evaluator_pb2.StartBuildEngineRequest)
         assert (call.request.onnx_trt, call.request.target) == (artifact("d"), target)
+    pipeline.spec.engines.add(runtime=common_pb2.RUNTIME_ONNXRUNTIME, name="cpu")
+    pipeline.spec.engines.add(name="rtx-ada")
+    calls = stage_calls(Stage.STAGE_BUILD_ENGINES, pipeline)
+    assert [call.label for call in calls] == ["engine 1 of 4", "engine 2 of 4", "rtx-ada, engine 4 of 4"]
 
 
 @pytest.mark.parametrize("labelled", [False, True])

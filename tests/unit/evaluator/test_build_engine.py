@@ -85,7 +85,7 @@ def test_target_is_followed(bench: EvaluatorBench) -> None:
 
 @needs_rtx
 def test_unknown_capability_is_refused(bench: EvaluatorBench) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"builds for .*8\.9.*not for 3\.5") as caught:
+    with pytest.raises(FailedPreconditionError, match=r"builds for .*8\.9.*not for 3\.5") as caught:
         built(bench, quantized(), compute_capabilities=["8.9", "3.5"])
     assert caught.value.field == "target.compute_capabilities"
 

@@ -71,9 +71,35 @@ def test_tensorrt_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensorrt_builds_for_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, {"tensorrt"}, ADA)
     runtimes.choose(common_pb2.EngineTarget(compute_capabilities=["8.9"]))
-    with pytest.raises(InvalidArgumentError, match=r"L4 .*8\.9, not for 12\.0, 8\.6") as caught:
+    with pytest.raises(FailedPreconditionError, match=r"L4 .*8\.9, not for 12\.0, 8\.6") as caught:
         runtimes.choose(common_pb2.EngineTarget(compute_capabilities=["12.0", "8.9", "8.6"]))
     assert caught.value.field == "target.compute_capabilities"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"platform": "linux-riscv64", "name": "board"}, "board are built on linux-riscv64"),
+        ({"runtime": TRT, "runtime_version": "10.3"}, r"tensorrt 10\.3, and this evaluator has 10\.13\.2"),
+        ({"runtime": TRT, "runtime_version": "10.13.20"}, r"this evaluator has 10\.13\.2"),
+    ],
+)
+def test_a_target_of_another_machine_is_refused(
+    monkeypatch: pytest.MonkeyPatch, target: dict[str, Any], message: str
+) -> None:
+    machine(monkeypatch, {"tensorrt", "tensorrt_rtx"}, ADA)
+    monkeypatch.setattr(runtimes.EngineRuntime, "version", lambda runtime: "10.13.2")
+    with pytest.raises(FailedPreconditionError, match=message) as caught:
+        runtimes.choose(common_pb2.EngineTarget(**target))
+    assert caught.value.reason == "TARGET_ELSEWHERE"
+
+
+@pytest.mark.parametrize("version", ["", "10", "10.13", "10.13.2"])
+def test_a_target_of_this_machine_is_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    machine(monkeypatch, {"tensorrt"}, ADA)
+    monkeypatch.setattr(runtimes.EngineRuntime, "version", lambda runtime: "10.13.2")
+    target = common_pb2.EngineTarget(runtime_version=version, platform=hardware.platform_name())
+    assert runtimes.choose(target).runtime == TRT
 
 
 def test_onnxruntime_builds_no_engines() -> None:
