@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from services.common.errors import InvalidArgumentError
+from services.common.onnx_files import parse_onnx
 
 LAYER_KINDS = frozenset({"Conv", "Gemm", "MatMul"})
 # Operations that change neither the values nor the number format of what they pass on.
@@ -66,13 +66,7 @@ def load_graph(path: Path, field: str) -> Graph:
     Raises:
         InvalidArgumentError: The file is damaged, refers to other files, or has other inputs and outputs.
     """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise InvalidArgumentError(f"not a readable ONNX file: {error}", field=field) from error
-    if any(t.data_location == TensorProto.EXTERNAL or t.external_data for t in _tensors(model.graph)):
-        # The runtimes would open whatever path the file names.
-        raise InvalidArgumentError("the ONNX file keeps weights in other files; save it as one file", field=field)
+    model = parse_onnx(path.read_bytes(), field)
     constants = {t.name for t in model.graph.initializer}
     inputs = [v for v in model.graph.input if v.name not in constants]
     if len(inputs) != 1 or len(model.graph.output) != 1:
@@ -102,18 +96,6 @@ def _dims(value: onnx.ValueInfoProto) -> list[int]:
     """Return the axes' lengths, −1 for a free one."""
     dims = value.type.tensor_type.shape.dim
     return [d.dim_value if d.HasField("dim_value") else -1 for d in dims]
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield all tensors of a graph, also those in attributes and in graphs within it."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from attribute.tensors
-            if attribute.HasField("t"):
-                yield attribute.t
-            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _tensors(inner)
 
 
 def constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:

@@ -12,6 +12,7 @@ from services.common.datasets import open_dataset
 from services.common.errors import FailedPreconditionError, InternalError
 from services.common.jobs import JobContext
 from services.common.models.loading import LoadedModel, load_model, summarize
+from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer import diagnostics, picture
 from services.quantizer.batches import BatchSource, ReplaySource, SyntheticSet, read_synthetic_set
 from services.quantizer.calibrate import calibrate
@@ -20,7 +21,6 @@ from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.generator_client import CoTrainSource, opening
 from services.quantizer.integer import float_operations, integer_layers, is_exact, packed_bytes, to_integer
 from services.quantizer.onnx_export import OPSET, export_float, export_trt, save
-from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.settings import QuantizerSettings
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
 from services.quantizer.training import Progress, Trainer

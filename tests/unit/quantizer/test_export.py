@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import ActivationGranularity, Quantization
 from services.quantizer.integer import (
@@ -22,7 +23,6 @@ from services.quantizer.integer import (
 )
 from services.quantizer.integer_modules import Codes
 from services.quantizer.onnx_export import export_trt
-from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.student import build_student
 from tests.support.models import Bottleneck, Residual, captured
 

@@ -19,6 +19,7 @@ from granq.v1 import common_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import FailedPreconditionError, InvalidArgumentError
 from services.common.models import load_model
+from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.evaluator.graph import load_graph
 from services.evaluator.onnx_runtime import OnnxModel
 from services.quantizer.batches import Batch, ReplaySource
@@ -29,7 +30,6 @@ from services.quantizer.integer import carries_codes, float_operations, integer_
 from services.quantizer.integer_modules import EXACT_LIMIT, Codes, Sigmoid
 from services.quantizer.learned import ActivationQuantizer, QuantizedLinear
 from services.quantizer.onnx_export import export_trt, save
-from services.quantizer.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.student import build_student, no_grad_copy
 from services.quantizer.training import Trainer
 from tests.support.models import captured, settle

@@ -86,7 +86,7 @@ class _Rewriter:
 
 
 def to_onnx_runtime(trt: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the ONNX Runtime flavour of a graph that ``onnx_export.export_trt`` made; ``trt`` is left as it is."""
+    """Return the ONNX Runtime flavour of a graph that the quantizer exported for TensorRT; ``trt`` is left as it is."""
     rewriter = _Rewriter(trt)
     done: set[str] = set()  # outputs of old nodes that a later pattern has replaced
     for node in trt.graph.node:
