@@ -57,6 +57,9 @@ def bundle_files(results: coordinator_pb2.PipelineResults) -> list[BundleFile]:
             ),
             BundleFile("model_float.onnx", export.onnx_float, "Float model"),
         ]
+        if export.package.digest:
+            note = "Device package: both graphs at the weights' own bit widths"
+            files.append(BundleFile("model.granq", export.package, note))
     for path, artifact, note in (
         (GRID, results.synthesis.grid, "Synthetic images of each class; framed where the float model sees another"),
         (PICTURE, results.quantization.diagnostics_picture, "Losses, and the noise of each layer"),

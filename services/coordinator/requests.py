@@ -106,6 +106,8 @@ def stage_calls(stage: int, pipeline: coordinator_pb2.Pipeline) -> list[JobCall]
             calls.append(JobCall("quantizer", _quantize(spec, results)))
         case Stage.STAGE_EXPORT:
             export = quantizer_pb2.StartExportRequest(model=model_of(spec), quantized_model=results.quantization.model)
+            if spec.dataset.HasField("preprocessing"):
+                export.preprocessing.CopyFrom(spec.dataset.preprocessing)
             calls.append(JobCall("quantizer", export))
         case Stage.STAGE_BUILD_ENGINES:
             for number, target in enumerate(spec.engines, 1):

@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
-from granq.v1 import common_pb2, jobs_pb2, quantizer_pb2, reports_pb2
+from granq.v1 import common_pb2, jobs_pb2, packages_pb2, quantizer_pb2, reports_pb2
 from services.common.datasets import open_dataset
 from services.common.errors import FailedPreconditionError, InternalError
 from services.common.jobs import JobContext
 from services.common.models.loading import LoadedModel, load_model, summarize
 from services.common.onnx_runtime_flavour import to_onnx_runtime
+from services.common.package import MEDIA_TYPE, write_package
 from services.quantizer import diagnostics, picture
 from services.quantizer.batches import BatchSource, ReplaySource, SyntheticSet, read_synthetic_set
 from services.quantizer.calibrate import calibrate
@@ -20,7 +19,7 @@ from services.quantizer.checkpoint import Checkpoint, load_checkpoint, load_stud
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.generator_client import CoTrainSource, opening
 from services.quantizer.integer import float_operations, integer_layers, is_exact, packed_bytes, to_integer
-from services.quantizer.onnx_export import OPSET, export_float, export_trt, save
+from services.quantizer.onnx_export import OPSET, export_float, export_trt
 from services.quantizer.settings import QuantizerSettings
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
 from services.quantizer.training import Progress, Trainer
@@ -193,9 +192,9 @@ def _load_quantized(
 
 
 def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jobs_pb2.JobResult:
-    """Write the two quantized ONNX files and the float one."""
+    """Write the two quantized ONNX files, the device package that holds them, and the float ONNX file."""
     _prepare(context.settings)
-    context.report("loading", 0, 4)
+    context.report("loading", 0, 5)
     model, student, quantization = _load_quantized(request.model, request.quantized_model.digest, context)
     if not quantization.deployable:
         raise FailedPreconditionError(
@@ -205,22 +204,48 @@ def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jo
             field="quantized_model",
         )
     integer = to_integer(student)
-    files = {}
-    with TemporaryDirectory() as folder:
-        context.report("exporting for TensorRT", 1, 4)
-        files["trt"] = export_trt(integer, model.input_shape)
-        context.check_cancelled()
-        context.report("exporting for ONNX Runtime", 2, 4)
-        files["ort"] = to_onnx_runtime(files["trt"])
-        context.report("exporting the float model", 3, 4)
-        files["float"] = export_float(model.module, model.input_shape)
-        context.check_cancelled()
-        artifacts = {}
-        for name, file in files.items():
-            path = Path(folder, f"model_{name}.onnx")
-            save(file, path)
-            artifacts[name] = context.store.put_file(path, name=path.name, media_type=_ONNX)
-    layers = [
+    context.report("exporting for TensorRT", 1, 5)
+    trt = export_trt(integer, model.input_shape)
+    context.check_cancelled()
+    context.report("exporting for ONNX Runtime", 2, 5)
+    files = {"trt": trt.SerializeToString(), "ort": to_onnx_runtime(trt).SerializeToString()}
+    context.report("packing for devices", 3, 5)
+    about = packages_pb2.PackageManifest(
+        model_name=request.model.architecture or request.model.artifact.name,
+        input_shape=model.input_shape,
+        num_classes=model.num_classes,
+        layers=_layers(integer),
+    )
+    if request.HasField("preprocessing"):
+        about.preprocessing.CopyFrom(request.preprocessing)
+    elif request.model.HasField("normalization"):
+        known = request.model.normalization
+        about.preprocessing.CopyFrom(common_pb2.Preprocessing(mean=known.mean, std=known.std))
+    package = write_package(files["trt"], files["ort"], about)
+    context.check_cancelled()
+    context.report("exporting the float model", 4, 5)
+    files["float"] = export_float(model.module, model.input_shape).SerializeToString()
+    context.check_cancelled()
+    artifacts = {
+        name: context.store.put_bytes(data, name=f"model_{name}.onnx", media_type=_ONNX) for name, data in files.items()
+    }
+    return jobs_pb2.JobResult(
+        export=reports_pb2.ExportResult(
+            onnx_trt=artifacts["trt"],
+            onnx_ort=artifacts["ort"],
+            onnx_float=artifacts["float"],
+            package=context.store.put_bytes(package, name="model.granq", media_type=MEDIA_TYPE),
+            layers=about.layers,
+            float_operations=float_operations(integer),
+            opset=OPSET,
+            exact=is_exact(integer),
+            packed_bytes=packed_bytes(integer),
+        )
+    )
+
+
+def _layers(integer: torch.fx.GraphModule) -> list[reports_pb2.LayerQuantization]:
+    return [
         reports_pb2.LayerQuantization(
             name=name,
             weight_bits=layer.bits.weight,
@@ -231,15 +256,3 @@ def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jo
         )
         for name, layer, folded in integer_layers(integer)
     ]
-    return jobs_pb2.JobResult(
-        export=reports_pb2.ExportResult(
-            onnx_trt=artifacts["trt"],
-            onnx_ort=artifacts["ort"],
-            onnx_float=artifacts["float"],
-            layers=layers,
-            float_operations=float_operations(integer),
-            opset=OPSET,
-            exact=is_exact(integer),
-            packed_bytes=packed_bytes(integer),
-        )
-    )

@@ -176,6 +176,7 @@ def test_bundle_holds_the_files(deployment: Deployment, undisturbed: Run, tmp_pa
         "model_trt.onnx": results.export.onnx_trt,
         "model_ort.onnx": results.export.onnx_ort,
         "model_float.onnx": results.export.onnx_float,
+        "model.granq": results.export.package,
         "report.json": results.report,
         "report/synthetic_images.png": results.synthesis.grid,
         "report/diagnostics.json": results.quantization.diagnostics,

@@ -32,7 +32,12 @@ def results(store: ArtifactStore) -> coordinator_pb2.PipelineResults:
     """Return plausible results of all stages up to EVALUATE, with one engine built and one refused."""
     put = store.put_bytes
     export = reports_pb2.ExportResult(
-        onnx_trt=put(b"trt" * 1000), onnx_ort=put(b"ort"), onnx_float=put(b"float"), exact=True, packed_bytes=140_000
+        onnx_trt=put(b"trt" * 1000),
+        onnx_ort=put(b"ort"),
+        onnx_float=put(b"float"),
+        package=put(b"package"),
+        exact=True,
+        packed_bytes=140_000,
     )
     manifest = reports_pb2.EngineManifest(
         engine=put(b"engine"), runtime=common_pb2.RUNTIME_TENSORRT_RTX, runtime_version="1.7", platform="linux-x86_64"

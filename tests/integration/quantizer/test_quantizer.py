@@ -17,6 +17,7 @@ from granq.v1 import common_pb2, generator_pb2, generator_pb2_grpc, jobs_pb2, jo
 from granq.v1.quantizer_pb2_grpc import QuantizerServiceStub
 from services.common.artifacts import ArtifactStore
 from services.common.models.cifar_resnet import CifarResNet
+from services.common.package import read_package
 from tests.support.models import settle
 from tests.support.servers import ServerProcess
 
@@ -205,15 +206,24 @@ def test_inspection_lists_layers_and_refuses_unknown_ones(bench: Bench) -> None:
 def test_export_and_simulation_of_a_quantized_model(bench: Bench, synthetic: str, tmp_path: Path) -> None:
     bench.starts.StartQuantize(bench.quantize_request("calibrated", synthetic, epochs=0))
     quantized = bench.wait(bench.quantizer, "calibrated").result.quantization
-    key = jobs_pb2.JobKey(job_id="export")
-    bench.starts.StartExport(
-        quantizer_pb2.StartExportRequest(key=key, model=bench.model, quantized_model=quantized.model)
+    export = quantizer_pb2.StartExportRequest(
+        key=jobs_pb2.JobKey(job_id="export"),
+        model=bench.model,
+        quantized_model=quantized.model,
+        preprocessing=common_pb2.Preprocessing(pad=2, mean=[0.5]),
     )
+    bench.starts.StartExport(export)
     result = bench.wait(bench.quantizer, "export").result.export
     assert result.exact
     assert len(result.layers) == 22
     for artifact in (result.onnx_trt, result.onnx_ort, result.onnx_float):
         onnx.checker.check_model(onnx.load_model_from_string(bench.store.read_bytes(artifact.digest)), full_check=True)
+    package = read_package(bench.store.local_path(result.package.digest))
+    assert package.rebuild_trt() == bench.store.read_bytes(result.onnx_trt.digest)
+    assert package.manifest.onnx_ort.digest == result.onnx_ort.digest
+    assert list(package.manifest.layers) == list(result.layers)
+    assert (list(package.manifest.input_shape), package.manifest.num_classes) == (list(SHAPE), 10)
+    assert package.manifest.preprocessing == common_pb2.Preprocessing(pad=2, mean=[0.5])
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
     np.savez(tmp_path / "set.npz", images=images, labels=np.arange(20) % 10)
     dataset = common_pb2.Dataset(

@@ -35,6 +35,7 @@ def test_the_bundle_holds_every_file_with_its_bytes(store: ArtifactStore, pipeli
         "model_trt.onnx": b"trt" * 1000,
         "model_ort.onnx": b"ort",
         "model_float.onnx": b"float",
+        "model.granq": b"package",
         "engines/1_tensorrt_rtx.engine": b"engine",
         "engines/1_tensorrt_rtx.json": b"{}",
     }

@@ -55,6 +55,11 @@ def test_every_stage_passes_on_what_the_spec_says() -> None:
     (export,) = stage_calls(Stage.STAGE_EXPORT, pipeline)
     assert isinstance(export.request, quantizer_pb2.StartExportRequest)
     assert export.request.quantized_model == artifact("c")
+    assert not export.request.HasField("preprocessing")
+    pipeline.spec.dataset.preprocessing.pad = 2
+    (export,) = stage_calls(Stage.STAGE_EXPORT, pipeline)
+    assert isinstance(export.request, quantizer_pb2.StartExportRequest)
+    assert export.request.preprocessing == common_pb2.Preprocessing(pad=2)
 
 
 def test_normalization_is_that_of_the_labelled_set_unless_the_model_names_its_own() -> None:
