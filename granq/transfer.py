@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import grpc
 
@@ -25,7 +25,7 @@ _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 Progress = Callable[[int, int], None]
 
 
-def digest_of(stream: BinaryIO) -> str:
+def digest_of(stream: IO[bytes]) -> str:
     """Return "sha256:" and the hexadecimal digest of what is left in ``stream``."""
     sha256 = hashlib.sha256()
     while chunk := stream.read(CHUNK_BYTES):

@@ -2,7 +2,7 @@
 
 import typer
 
-from granq.cli import artifacts, pipelines, quantize, recipes, targets, up
+from granq.cli import artifacts, engines, pipelines, quantize, recipes, targets, up
 from granq.cli.exits import EPILOG
 
 
@@ -23,4 +23,5 @@ def build() -> typer.Typer:
     app.add_typer(artifacts.app, name="artifacts")
     app.add_typer(recipes.app, name="recipes")
     app.add_typer(targets.app, name="targets")
+    app.add_typer(engines.app, name="engine")
     return app

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from granq.engines.machine import cpu_name
 from granq.v1 import artifacts_pb2, evaluator_pb2, reports_pb2
 from services.common.datasets import LabelledSet, open_dataset
 from services.common.errors import InvalidArgumentError
 from services.common.jobs import JobContext
 from services.evaluator.accuracy import AccuracyMeter
 from services.evaluator.graph import load_graph
-from services.evaluator.hardware import cpu_name
 from services.evaluator.latency import median_milliseconds
 from services.evaluator.onnx_runtime import RUNTIME, OnnxModel
 from services.evaluator.settings import EvaluatorSettings

@@ -2,9 +2,9 @@
 
 from google.protobuf import json_format
 
+from granq.engines.machine import driver_version, find_gpu, platform_name
 from granq.v1 import artifacts_pb2, common_pb2, reports_pb2
 from services.evaluator.build_spec import BuildOutcome
-from services.evaluator.hardware import driver_version, find_gpu, platform_name
 from services.evaluator.runtimes import EngineRuntime
 
 

@@ -1,13 +1,20 @@
 """The two runtimes that build engines, and all in which they differ."""
 
 import importlib.metadata
-import importlib.util
 import re
 from dataclasses import dataclass
 
+from granq.engines.machine import (
+    RUNTIME_PACKAGES,
+    UNKNOWN_VERSION,
+    cpu_name,
+    driver_version,
+    find_gpu,
+    installed_version,
+    platform_name,
+)
 from granq.v1 import common_pb2, evaluator_pb2
 from services.common.errors import FailedPreconditionError, InvalidArgumentError
-from services.evaluator.hardware import cpu_name, driver_version, find_gpu, platform_name
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,8 @@ class EngineRuntime:
     harmless_warnings: tuple[str, ...]
 
     def version(self) -> str | None:
-        """Return the installed version, or None. Does not import the runtime, which would load its libraries."""
-        if importlib.util.find_spec(self.module) is None:
-            return None
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            # JetPack and NVIDIA's containers bring the module under other package names.
-            return "unknown"
+        """Return the installed version, or None; as installed_version."""
+        return installed_version(self.module, self.package)
 
     def is_harmless(self, warning: str) -> bool:
         """Return whether a build may pass in spite of this warning."""
@@ -57,8 +58,8 @@ class EngineRuntime:
 
 TENSORRT = EngineRuntime(
     runtime=common_pb2.RUNTIME_TENSORRT,
-    module="tensorrt",
-    package="tensorrt",
+    module=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT][0],
+    package=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT][1],
     strong_typing_majors=frozenset({10}),
     gpu_to_build=True,
     capabilities=(),
@@ -74,8 +75,8 @@ TENSORRT = EngineRuntime(
 )
 TENSORRT_RTX = EngineRuntime(
     runtime=common_pb2.RUNTIME_TENSORRT_RTX,
-    module="tensorrt_rtx",
-    package="tensorrt-rtx",
+    module=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT_RTX][0],
+    package=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT_RTX][1],
     strong_typing_majors=frozenset(),
     gpu_to_build=False,
     # NVIDIA's documentation; Turing (7.5) must be asked for, and the plus stands for later architectures.
@@ -151,7 +152,7 @@ def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
 
 def _begins(version: str, wanted: str) -> bool:
     """Return whether a version is the wanted one, or a release of it; a version that is not known is taken."""
-    return version == "unknown" or f"{version}.".startswith(f"{wanted}." if wanted else "")
+    return version == UNKNOWN_VERSION or f"{version}.".startswith(f"{wanted}." if wanted else "")
 
 
 def capabilities() -> evaluator_pb2.GetCapabilitiesResponse:

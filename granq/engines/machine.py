@@ -1,13 +1,24 @@
 """What this machine is: processor, GPU and driver, asked of the drivers themselves, so no package is needed."""
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import platform
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from granq.v1 import common_pb2
+
+UNKNOWN_VERSION = "unknown"
+RUNTIME_PACKAGES: Mapping[int, tuple[str, str]] = {
+    common_pb2.RUNTIME_TENSORRT: ("tensorrt", "tensorrt"),
+    common_pb2.RUNTIME_TENSORRT_RTX: ("tensorrt_rtx", "tensorrt-rtx"),
+}
+"""Python module, and what pip installs, of each runtime that loads engines."""
 _CPU_INFO = Path("/proc/cpuinfo")
 _DRIVER_INFO = Path("/proc/driver/nvidia/version")
 _NAME_BYTES = 256
@@ -26,6 +37,44 @@ class Gpu:
 
     name: str
     compute_capability: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides whether an engine runs.
+
+    Attributes:
+        platform: As :func:`platform_name`.
+        gpu: As :func:`find_gpu`.
+        driver: As :func:`driver_version`.
+        runtimes: Version of each installed runtime that loads engines, by its number in granq.v1.Runtime.
+    """
+
+    platform: str
+    gpu: Gpu | None
+    driver: str
+    runtimes: Mapping[int, str] = field(default_factory=dict)
+
+
+def this_machine() -> Machine:
+    """Return the machine that this runs on."""
+    versions = {runtime: installed_version(*names) for runtime, names in RUNTIME_PACKAGES.items()}
+    runtimes = {runtime: version for runtime, version in versions.items() if version is not None}
+    return Machine(platform_name(), find_gpu(), driver_version(), runtimes)
+
+
+def installed_version(module: str, package: str) -> str | None:
+    """Return the installed version of a runtime, or None without it.
+
+    The runtime is not imported, which would load its libraries. "unknown" is returned where no package tells: JetPack
+    and NVIDIA's containers may bring the module under other names.
+    """
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return UNKNOWN_VERSION
 
 
 def platform_name() -> str:
