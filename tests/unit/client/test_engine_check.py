@@ -91,6 +91,12 @@ def bundled(folder: Path) -> Path:
     return path
 
 
+def renamed(folder: Path) -> Path:
+    path = write(folder)
+    path.with_suffix(".json").rename(folder / "model.engine.json")
+    return path
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -98,9 +104,7 @@ def bundled(folder: Path) -> Path:
         lambda folder: write(folder).with_suffix(".json"),
         lambda folder: write(folder).parent,
         bundled,
-        lambda folder: (
-            (write(folder).with_suffix(".json").rename(folder / "model.engine.json"), folder)[1] / "model.engine"
-        ),
+        renamed,
     ],
 )
 def test_an_engine_is_found_from_each_file(tmp_path: Path, place: Callable[[Path], Path]) -> None:
@@ -146,7 +150,7 @@ def test_damaged_bundles(tmp_path: Path) -> None:
         find_engines(path)
     with zipfile.ZipFile(path, "w") as bundle:
         bundle.writestr("engines/1.engine", ENGINE)
-    with pytest.raises(ValueError, match="manifest engines/1.json is missing"):
+    with pytest.raises(ValueError, match=r"manifest engines/1\.json is missing"):
         find_engines(path)
 
 
