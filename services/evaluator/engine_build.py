@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any, Protocol
 
 from services.common.errors import (
     FailedPreconditionError,
@@ -18,7 +18,6 @@ from services.common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from services.common.jobs import JobContext
 from services.evaluator.build_spec import BuildOutcome, BuildSpec, parse_line
 from services.evaluator.graph import Graph, Layer
 from services.evaluator.plan_audit import PlanAudit, audit_plan
@@ -29,7 +28,21 @@ _EXIT_SECONDS = 10.0
 _TAIL_BYTES = 2000
 
 
-def run_build(spec: BuildSpec, context: JobContext, seconds: float) -> BuildOutcome:
+class Follower(Protocol):
+    """Who waits for a build. A JobContext is one; a device has no jobs, nor what they need."""
+
+    @property
+    def log(self) -> Any:
+        """Logger with structlog's methods."""
+
+    def report(self, phase: str, step: int = 0, total: int = 0) -> None:
+        """Take the progress: steps done of the steps in all, 0 where unknown."""
+
+    def check_cancelled(self) -> None:
+        """Raise CancelledError when the build must stop."""
+
+
+def run_build(spec: BuildSpec, context: Follower, seconds: float) -> BuildOutcome:
     """Build in a fresh process and wait for it.
 
     Args:
@@ -77,7 +90,7 @@ def run_build(spec: BuildSpec, context: JobContext, seconds: float) -> BuildOutc
         return outcome
 
 
-def _follow(channel: IO[bytes], context: JobContext, end: float) -> BuildOutcome | None:
+def _follow(channel: IO[bytes], context: Follower, end: float) -> BuildOutcome | None:
     """Read messages until the result; return None when the process ends without one."""
     pending = b""
     with selectors.DefaultSelector() as selector:

@@ -4,11 +4,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from granq.v1 import common_pb2, evaluator_pb2, jobs_pb2, reports_pb2
+from granq.v1 import evaluator_pb2, jobs_pb2, reports_pb2
 from services.common.jobs import JobContext
 from services.evaluator.settings import EvaluatorSettings
-
-DEFAULT_BATCH = (1, 8, 64)
 
 
 def evaluate(request: evaluator_pb2.StartEvaluateRequest, context: JobContext) -> jobs_pb2.JobResult:
@@ -29,53 +27,23 @@ def build_engine(request: evaluator_pb2.StartBuildEngineRequest, context: JobCon
         ResourceExhaustedError: The build took too long.
         UnavailableError: The build's process died.
     """
-    from services.evaluator import engine_build, manifest, runtimes
-    from services.evaluator.build_spec import BuildSpec
-    from services.evaluator.graph import load_graph
+    from services.evaluator.building import build_plan
+    from services.evaluator.manifest import to_json
 
     start = time.perf_counter()
     settings: EvaluatorSettings = context.settings
-    context.report("checking")
-    target = request.target
-    runtime = runtimes.choose(target)
     source = context.store.local_path(request.onnx_trt.digest)
-    graph = load_graph(source, "onnx_trt")
-    engine_build.check_graph(graph)
-    low, best, high = DEFAULT_BATCH
-    batch = target.batch if target.HasField("batch") else common_pb2.BatchProfile(min=low, opt=best, max=high)
-    level = target.optimization_level if target.HasField("optimization_level") else 3
     with TemporaryDirectory(prefix="granq-build-") as folder:
         plan = Path(folder, "plan")
-        spec = BuildSpec(
-            module=runtime.module,
-            strong_typing_majors=sorted(runtime.strong_typing_majors),
-            onnx=str(source),
-            plan=str(plan),
-            batch=[batch.min, batch.opt, batch.max],
-            capabilities=list(target.compute_capabilities) if runtime.takes_capabilities else [],
-            workspace_bytes=target.workspace_bytes if target.HasField("workspace_bytes") else None,
-            optimization_level=level if runtime.optimization_levels else None,
-        )
-        context.report("building")
-        outcome = engine_build.run_build(spec, context, settings.build_seconds)
-        context.report("auditing")
-        engine_build.check_warnings(runtime, outcome.warnings)
-        audit = engine_build.check_plan(runtime, graph, plan.read_bytes(), spec.batch)
-        if runtime.readable_plan and audit is None:
-            context.log.warning("the plan could not be audited", runtime=runtime.module, version=outcome.version)
-        context.check_cancelled()
+        built = build_plan(source, "onnx_trt", request.target, plan, context, settings.build_seconds)
         engine = context.store.put_file(plan, name="model.engine", media_type="application/octet-stream")
-    record = manifest.make_manifest(
-        engine, request.onnx_trt.digest, runtime, outcome, batch, list(target.compute_capabilities)
-    )
+    record = built.manifest(engine, request.onnx_trt.digest)
     result = reports_pb2.EngineBuildResult(
         manifest=record,
-        manifest_file=context.store.put_bytes(
-            manifest.to_json(record), name="model.engine.json", media_type="application/json"
-        ),
-        total_layers=len(graph.layers),
+        manifest_file=context.store.put_bytes(to_json(record), name="model.engine.json", media_type="application/json"),
+        total_layers=len(built.graph.layers),
         seconds=time.perf_counter() - start,
     )
-    if audit is not None:
-        result.int8_layers = audit.int8
+    if built.audit is not None:
+        result.int8_layers = built.audit.int8
     return jobs_pb2.JobResult(engine=result)
