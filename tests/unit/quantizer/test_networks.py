@@ -117,17 +117,19 @@ def test_from_graph_to_both_files(name: str, tmp_path: Path) -> None:
     assert ort.kernels.int8 == ort.kernels.total == len(found)
 
 
-@pytest.mark.parametrize(("name", "layer_count"), [("regnet_y_400mf", 86), ("shufflenet_v2_x0_5", 57)])
-def test_named_architectures_become_students(name: str, layer_count: int, tmp_path: Path) -> None:
-    weights = settle(torchvision.models.get_model(name, weights=None, num_classes=5)).state_dict()
-    save_file(weights, tmp_path / "weights")
+def test_a_named_architecture_becomes_a_student(tmp_path: Path) -> None:
+    """RegNet computes its sizes with tensors when it is built, which must work without memory for its weights."""
+    name = "regnet_y_400mf"
+    save_file(
+        settle(torchvision.models.get_model(name, weights=None, num_classes=5)).state_dict(), tmp_path / "weights"
+    )
     store = ArtifactStore((tmp_path / "store").as_uri())
     artifact = store.put_file(tmp_path / "weights")
     model = load_model(common_pb2.ModelSource(artifact=artifact, architecture=name, input_shape=SHAPE), store)
     student = build_student(model.module, Quantization(4, 4))
     calibrate(student, images(2))
     integer = to_integer(student)
-    assert len(integer_layers(integer)) == layer_count
+    assert len(integer_layers(integer)) == 86
     assert is_exact(integer)
 
 
