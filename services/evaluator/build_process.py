@@ -5,6 +5,7 @@ INT8 in the next one (seen with TensorRT-RTX 1.7), and because a crash or a kill
 """
 
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import FailedPreconditionError, GranqError, InvalidArgumentError
+from services.common.errors import FailedPreconditionError, GranqError, InvalidArgumentError, ResourceExhaustedError
 from services.evaluator.build_spec import (
     BuildOutcome,
     BuildSpec,
@@ -27,6 +28,7 @@ from services.evaluator.build_spec import (
 )
 
 FIELD = "onnx_trt"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,6 +62,7 @@ def build(spec: BuildSpec, report: Callable[[str, int, int], None]) -> BuildOutc
         raise InvalidArgumentError(f"{spec.module} cannot parse the graph: {_joined(errors + log.errors)}", field=FIELD)
     config = _created(builder.create_builder_config, log)
     _configure(trt, config, spec)
+    cache = _use_timing_cache(config, Path(spec.timing_cache), log) if spec.timing_cache is not None else None
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -76,6 +79,8 @@ def build(spec: BuildSpec, report: Callable[[str, int, int], None]) -> BuildOutc
             reason="ENGINE_BUILD_FAILED",
         )
     Path(spec.plan).write_bytes(plan)
+    if cache is not None and spec.timing_cache is not None:
+        Path(spec.timing_cache).write_bytes(cache.serialize())
     tensors = [_described(network.get_input(i), True) for i in range(network.num_inputs)]
     tensors += [_described(network.get_output(i), False) for i in range(network.num_outputs)]
     return BuildOutcome(str(trt.__version__), tensors, log.warnings, time.perf_counter() - start)
@@ -103,6 +108,19 @@ def _configure(trt: Any, config: Any, spec: BuildSpec) -> None:
     config.num_compute_capabilities = len(spec.capabilities)
     for index, capability in enumerate(spec.capabilities):
         config.set_compute_capability(known[capability], index)
+
+
+def _use_timing_cache(config: Any, path: Path, log: Any) -> Any:
+    """Give the builder a cache and return it: the stored one, or an empty one where there is none or it is refused."""
+    messages = len(log.warnings), len(log.errors)
+    stored = [path.read_bytes()] if path.exists() else []
+    for content in (*stored, b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            # What was said of a cache that is not used has no part in this build.
+            del log.warnings[messages[0] :], log.errors[messages[1] :]
+            return cache
+    return None
 
 
 def _log_of(trt: Any) -> Any:
@@ -186,6 +204,11 @@ def main() -> int:
             send(outcome_line(build(spec, lambda phase, step, total: send(progress_line(phase, step, total)))))
         except GranqError as error:
             send(error_line(error))
+        except (MemoryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _FULL:
+                raise
+            text = "there is no memory for this build" if isinstance(error, MemoryError) else f"no room: {error}"
+            send(error_line(ResourceExhaustedError(text)))
     return 0
 
 

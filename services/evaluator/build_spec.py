@@ -21,6 +21,7 @@ class BuildSpec:
         capabilities: Compute capabilities such as "8.6"; empty for the runtime's default.
         workspace_bytes: Memory for tactics in bytes; None for the runtime's default.
         optimization_level: 0 to 5; None where the runtime has none.
+        timing_cache: Path to read the timing cache from, where it exists, and to write it to; None for no cache.
     """
 
     module: str
@@ -31,6 +32,7 @@ class BuildSpec:
     capabilities: list[str]
     workspace_bytes: int | None
     optimization_level: int | None
+    timing_cache: str | None = None
 
 
 @dataclass(frozen=True)

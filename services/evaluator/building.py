@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from granq.v1 import artifacts_pb2, common_pb2, reports_pb2
+from services.common.artifacts import ArtifactStore
 from services.evaluator import engine_build, runtimes
 from services.evaluator.build_spec import BuildOutcome, BuildSpec
 from services.evaluator.engine_build import Follower
@@ -11,6 +12,7 @@ from services.evaluator.graph import Graph, load_graph
 from services.evaluator.manifest import make_manifest
 from services.evaluator.plan_audit import PlanAudit
 from services.evaluator.runtimes import EngineRuntime
+from services.evaluator.timing_cache import cache_name_of, fetch_cache, keep_cache
 
 DEFAULT_BATCH = (1, 8, 64)
 DEFAULT_OPTIMIZATION_LEVEL = 3
@@ -43,7 +45,13 @@ class BuiltPlan:
 
 
 def build_plan(
-    source: Path, field: str, target: common_pb2.EngineTarget, plan: Path, follower: Follower, seconds: float
+    source: Path,
+    field: str,
+    target: common_pb2.EngineTarget,
+    plan: Path,
+    follower: Follower,
+    seconds: float,
+    caches: ArtifactStore | None = None,
 ) -> BuiltPlan:
     """Build an engine in a process of its own, and audit it.
 
@@ -54,6 +62,7 @@ def build_plan(
         plan: File to write the engine to.
         follower: Gets the progress, and may stop the build.
         seconds: Time after which the build has failed.
+        caches: Where timing caches are kept from build to build; None to keep none.
 
     Raises:
         CancelledError: The follower stopped it.
@@ -69,6 +78,10 @@ def build_plan(
     low, best, high = DEFAULT_BATCH
     batch = target.batch if target.HasField("batch") else common_pb2.BatchProfile(min=low, opt=best, max=high)
     level = target.optimization_level if target.HasField("optimization_level") else DEFAULT_OPTIMIZATION_LEVEL
+    cache_name = cache_name_of(runtime) if caches is not None else None
+    cache = plan.with_name("timing.cache")
+    if caches is not None and cache_name is not None:
+        fetch_cache(caches, cache_name, cache)
     spec = BuildSpec(
         module=runtime.module,
         strong_typing_majors=sorted(runtime.strong_typing_majors),
@@ -78,13 +91,17 @@ def build_plan(
         capabilities=list(target.compute_capabilities) if runtime.takes_capabilities else [],
         workspace_bytes=target.workspace_bytes if target.HasField("workspace_bytes") else None,
         optimization_level=level if runtime.optimization_levels else None,
+        timing_cache=str(cache) if cache_name is not None else None,
     )
     follower.report("building")
     outcome = engine_build.run_build(spec, follower, seconds)
     follower.report("auditing")
-    engine_build.check_warnings(runtime, outcome.warnings)
+    for warning, reason in engine_build.check_warnings(runtime, outcome.warnings).items():
+        follower.log.info("the builder warned", warning=warning, harmless=reason)
     audit = engine_build.check_plan(runtime, graph, plan.read_bytes(), spec.batch)
     if runtime.readable_plan and audit is None:
         follower.log.warning("the plan could not be audited", runtime=runtime.module, version=outcome.version)
     follower.check_cancelled()
+    if caches is not None and cache_name is not None and cache.exists():
+        keep_cache(caches, cache_name, cache)
     return BuiltPlan(runtime, graph, target, batch, outcome, audit)

@@ -133,14 +133,20 @@ def _tail(output: IO[bytes]) -> str:
     return output.read().decode(errors="replace")
 
 
-def check_warnings(runtime: EngineRuntime, warnings: list[str]) -> None:
-    """Raise FailedPreconditionError when a build warned of anything but speed or memory."""
-    serious = list(dict.fromkeys(w.strip() for w in warnings if not runtime.is_harmless(w)))
+def check_warnings(runtime: EngineRuntime, warnings: list[str]) -> dict[str, str]:
+    """Return the warnings that a build is passed in spite of, each with the reason.
+
+    Raises:
+        FailedPreconditionError: The build warned of something that is not listed as harmless.
+    """
+    verdicts = {warning.strip(): runtime.why_harmless(warning) for warning in warnings}
+    serious = [warning for warning, reason in verdicts.items() if reason is None]
     if serious:
         raise FailedPreconditionError(
             f"{runtime.module} built an engine that may not compute what the graph says: {'; '.join(serious)}",
             reason="ENGINE_BUILD_WARNING",
         )
+    return {warning: reason for warning, reason in verdicts.items() if reason is not None}
 
 
 def check_graph(graph: Graph) -> None:

@@ -35,7 +35,7 @@ def build_engine(request: evaluator_pb2.StartBuildEngineRequest, context: JobCon
     source = context.store.local_path(request.onnx_trt.digest)
     with TemporaryDirectory(prefix="granq-build-") as folder:
         plan = Path(folder, "plan")
-        built = build_plan(source, "onnx_trt", request.target, plan, context, settings.build_seconds)
+        built = build_plan(source, "onnx_trt", request.target, plan, context, settings.build_seconds, context.store)
         engine = context.store.put_file(plan, name="model.engine", media_type="application/octet-stream")
     record = built.manifest(engine, request.onnx_trt.digest)
     result = reports_pb2.EngineBuildResult(

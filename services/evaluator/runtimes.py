@@ -18,6 +18,19 @@ from services.common.errors import FailedPreconditionError, InvalidArgumentError
 
 
 @dataclass(frozen=True)
+class Harmless:
+    """A warning that a build may pass in spite of.
+
+    Attributes:
+        pattern: Regular expression found in its text.
+        reason: Why it does not change what the engine computes.
+    """
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class EngineRuntime:
     """One builder of engines.
 
@@ -31,9 +44,10 @@ class EngineRuntime:
         capabilities: Compute capabilities of an engine when the request names none; empty where they are the GPU's.
         takes_capabilities: Whether an engine can be built for other GPUs than the one at hand.
         optimization_levels: Whether the builder has them.
+        timing_cache: Whether the builder can keep what it measured for the next build.
         readable_plan: Whether the plan tells which weights stayed INT8.
-        harmless_warnings: Patterns of warnings about speed or memory. Any other warning fails the build, because among
-            them are those that say that numbers will differ (such as uint8 codes taken as int8).
+        harmless_warnings: Warnings about speed or memory. Any other warning fails the build, because among them are
+            those that say that numbers will differ (such as uint8 codes taken as int8).
     """
 
     runtime: common_pb2.Runtime
@@ -44,18 +58,22 @@ class EngineRuntime:
     capabilities: tuple[str, ...]
     takes_capabilities: bool
     optimization_levels: bool
+    timing_cache: bool
     readable_plan: bool
-    harmless_warnings: tuple[str, ...]
+    harmless_warnings: tuple[Harmless, ...]
 
     def version(self) -> str | None:
         """Return the installed version, or None; as installed_version."""
         return installed_version(self.module, self.package)
 
-    def is_harmless(self, warning: str) -> bool:
-        """Return whether a build may pass in spite of this warning."""
-        return any(re.search(pattern, warning) for pattern in self.harmless_warnings)
+    def why_harmless(self, warning: str) -> str | None:
+        """Return why a build may pass in spite of this warning, or None when it may not."""
+        return next((known.reason for known in self.harmless_warnings if re.search(known.pattern, warning)), None)
 
 
+_LAZY_LOADING = Harmless(r"CUDA lazy loading is not enabled", "kernels take more memory; what they compute is the same")
+_UNKNOWN_MEMORY = Harmless(r"Unable to determine GPU memory usage", "there is no GPU here, or no memory counter")
+_TACTIC_MEMORY = "a kernel is left out of the choice; all kernels offered compute the same"
 TENSORRT = EngineRuntime(
     runtime=common_pb2.RUNTIME_TENSORRT,
     module=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT][0],
@@ -65,12 +83,13 @@ TENSORRT = EngineRuntime(
     capabilities=(),
     takes_capabilities=False,
     optimization_levels=True,
+    timing_cache=True,
     readable_plan=False,
     harmless_warnings=(
-        r"CUDA lazy loading is not enabled",
-        r"Unable to determine GPU memory usage",
-        r"[Ss]kipping tactic .* due to insufficient memory",
-        r"Device memory is insufficient to use tactic",
+        _LAZY_LOADING,
+        _UNKNOWN_MEMORY,
+        Harmless(r"[Ss]kipping tactic .* due to insufficient memory", _TACTIC_MEMORY),
+        Harmless(r"Device memory is insufficient to use tactic", _TACTIC_MEMORY),
     ),
 )
 TENSORRT_RTX = EngineRuntime(
@@ -83,8 +102,9 @@ TENSORRT_RTX = EngineRuntime(
     capabilities=("8.0", "8.6", "8.9", "12.0+"),
     takes_capabilities=True,
     optimization_levels=False,
+    timing_cache=False,
     readable_plan=True,
-    harmless_warnings=(r"CUDA lazy loading is not enabled", r"Unable to determine GPU memory usage"),
+    harmless_warnings=(_LAZY_LOADING, _UNKNOWN_MEMORY),
 )
 ENGINE_RUNTIMES = (TENSORRT, TENSORRT_RTX)
 """In the order in which the contract prefers them."""

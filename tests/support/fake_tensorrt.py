@@ -26,7 +26,7 @@ class FakeTensorRT(ModuleType):
 
     Args:
         version: Its __version__.
-        fail: "builder", "parse", "profile" or "build"; "" for none.
+        fail: "builder", "parse", "profile", "cache" or "build"; "" for none.
     """
 
     def __init__(self, version: str, fail: str = "") -> None:
@@ -99,6 +99,16 @@ class _Config:
     @builder_optimization_level.setter
     def builder_optimization_level(self, level: int) -> None:
         self._module.calls["level"] = level
+
+    def create_timing_cache(self, serialized: bytes) -> Any:
+        if self._module.fail == "cache" and serialized:
+            self._module.log.log(Severity.WARNING, "Unable to load timing cache: it is of another version")
+            return None
+        self._module.calls.setdefault("caches", []).append(serialized)
+        return SimpleNamespace(serialize=lambda: serialized + b"+timed")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        return not ignore_mismatch
 
     def add_optimization_profile(self, profile: Any) -> int:
         return -1 if self._module.fail == "profile" else 0

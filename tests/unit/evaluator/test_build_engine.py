@@ -8,7 +8,8 @@ from typing import Any
 import onnx
 import pytest
 
-from granq.v1 import common_pb2, evaluator_pb2, reports_pb2
+from granq.engines.machine import Gpu
+from granq.v1 import artifacts_pb2, common_pb2, evaluator_pb2, reports_pb2
 from services.common.errors import (
     CancelledError,
     FailedPreconditionError,
@@ -17,7 +18,7 @@ from services.common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from services.evaluator import engine_build, runtimes
+from services.evaluator import engine_build, manifest, runtimes, timing_cache
 from services.evaluator.build_spec import BuildSpec
 from services.evaluator.graph import load_graph
 from services.evaluator.jobs import build_engine
@@ -214,6 +215,58 @@ run_build(spec, EvaluatorBench(folder).context, 60)
 """
 
 
+def test_a_full_disk_is_told_from_a_defect(
+    bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support = Path(__file__).parents[2] / "support" / "fake_tensorrt.py"
+    code = f"{support.read_text()}\nimport sys\nsys.modules[__name__] = FakeTensorRT('11.4.0')\n"
+    fake_runtime(tmp_path, monkeypatch, code)
+    spec = spec_of(tmp_path, module="fake_runtime", plan="/dev/full")
+    with pytest.raises(ResourceExhaustedError, match="No space left"):
+        engine_build.run_build(spec, bench.context, 60)
+    assert any(p.phase == "building: Building Engine" for p in bench.reports)
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (runtimes, timing_cache, manifest):
+        monkeypatch.setattr(module, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9"))
+    for module in (timing_cache, manifest):
+        monkeypatch.setattr(module, "driver_version", lambda: "580.95.05")
+
+
+def test_timing_caches_are_named_by_version_device_and_driver(
+    bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtimes.EngineRuntime, "version", lambda runtime: "10.3.0")
+    assert timing_cache.cache_name_of(runtimes.TENSORRT) is None
+    on_a_gpu(monkeypatch)
+    assert timing_cache.cache_name_of(runtimes.TENSORRT_RTX) is None
+    name = timing_cache.cache_name_of(runtimes.TENSORRT)
+    assert name == "timing-caches/tensorrt/10.3.0/NVIDIA_L4/8.9/580.95.05"
+    # One that the store lost is as none.
+    bench.store.set_ref(name, artifacts_pb2.Artifact(digest=f"sha256:{'0' * 64}").SerializeToString())
+    assert not timing_cache.fetch_cache(bench.store, name, tmp_path / "timing.cache")
+
+
+def test_tensorrt_goes_the_same_way_and_keeps_its_timings(
+    bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (Path(__file__).parents[2] / "support" / "fake_tensorrt.py").read_text()
+    (tmp_path / "tensorrt.py").write_text(f"{code}\nimport sys\nsys.modules[__name__] = FakeTensorRT('10.3.0')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    on_a_gpu(monkeypatch)
+    for timings in (b"+timed", b"+timed+timed"):
+        result = built(bench, quantized(), runtime=common_pb2.RUNTIME_TENSORRT, optimization_level=5)
+        (name,) = bench.store.list_refs("timing-caches/")
+        kept = artifacts_pb2.Artifact.FromString(bench.store.get_ref(name) or b"")
+        assert bench.store.read_bytes(kept.digest) == timings
+    record = result.manifest
+    assert bench.store.read_bytes(record.engine.digest) == b"plan"
+    assert (record.runtime_version, list(record.compute_capabilities)) == ("10.3.0", ["8.9"])
+    assert (record.driver_version, result.total_layers) == ("580.95.05", 3)
+    assert not result.HasField("int8_layers")  # TensorRT's plans are not read
+
+
 async def test_build_dies_with_a_killed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = tmp_path / "pid"
     fake_runtime(
@@ -240,6 +293,8 @@ def test_unreadable_plan_has_no_audit(tmp_path: Path) -> None:
 
 def test_warnings_about_speed_are_harmless() -> None:
     harmless = "CUDA lazy loading is not enabled. Enabling it can significantly reduce device memory usage."
-    engine_build.check_warnings(runtimes.TENSORRT, [harmless])
+    borne = engine_build.check_warnings(runtimes.TENSORRT, [harmless, harmless])
+    assert list(borne) == [harmless]
+    assert "memory" in borne[harmless]
     with pytest.raises(FailedPreconditionError, match="Missing scale"):
         engine_build.check_warnings(runtimes.TENSORRT, [harmless, "Missing scale and zero-point for tensor x"])

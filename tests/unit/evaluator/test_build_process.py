@@ -54,7 +54,7 @@ def test_tensorrt_10_and_11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ver
         BuiltTensor("logits", False, "FLOAT", [-1, 5]),
     ]
     assert outcome.warnings == ["CUDA lazy loading is not enabled."]
-    assert all(TENSORRT.is_harmless(w) for w in outcome.warnings)
+    assert all(TENSORRT.why_harmless(w) for w in outcome.warnings)
     assert told == [("Building Engine", 0, 2), ("Building Engine", 1, 2)]
 
 
@@ -83,3 +83,26 @@ def test_messages_survive_the_pipe() -> None:
     error = parse_line(error_line(InvalidArgumentError("what", reason="WHY", field="where")))
     assert isinstance(error, InvalidArgumentError)
     assert (error.message, error.reason, error.field) == ("what", "WHY", "where")
+
+
+@pytest.mark.parametrize(
+    ("fail", "stored", "used", "written"),
+    [
+        ("", None, [b""], b"+timed"),
+        ("", b"old", [b"old"], b"old+timed"),
+        ("cache", b"of another version", [b""], b"+timed"),
+    ],
+)
+def test_a_timing_cache_is_used_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: str, stored: bytes | None, used: list[bytes], written: bytes
+) -> None:
+    fake = FakeTensorRT("10.13.3.9", fail)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    cache = tmp_path / "timing.cache"
+    if stored is not None:
+        cache.write_bytes(stored)
+    outcome = build(spec_of(tmp_path, timing_cache=str(cache)), lambda *progress: None)
+    assert fake.calls["caches"] == used
+    assert cache.read_bytes() == written
+    # A cache that was refused is not this build's fault, so its warning does not fail it.
+    assert outcome.warnings == ["CUDA lazy loading is not enabled."]
