@@ -12,8 +12,8 @@ from tests.support.models import Residual, captured
 SHAPE = (3, 8, 8)
 
 
-def _synthesizer(seed: int = 3, gamma: float = 1.0) -> Synthesizer:
-    given = SynthesisParameters(batch_size=6, seed=seed, gamma=gamma)
+def _synthesizer(seed: int = 3, beta: float = 1.0, gamma: float = 1.0) -> Synthesizer:
+    given = SynthesisParameters(batch_size=6, seed=seed, beta=beta, gamma=gamma)
     return Synthesizer(captured(Residual(), SHAPE), SHAPE, 10, given, torch.device("cpu"))
 
 
