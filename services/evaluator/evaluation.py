@@ -1,16 +1,20 @@
 """Runs the forms of a model over a set, all in one pass, and measures them."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from granq.engines.machine import cpu_name
+from granq.engines.machine import cpu_name, find_gpu
 from granq.v1 import artifacts_pb2, evaluator_pb2, reports_pb2
 from services.common.datasets import LabelledSet, open_dataset
 from services.common.errors import InvalidArgumentError
 from services.common.jobs import JobContext
 from services.evaluator.accuracy import AccuracyMeter
+from services.evaluator.cuda import Cuda
+from services.evaluator.engine_figures import measure_batches
+from services.evaluator.engine_model import EngineModel, require_fit
 from services.evaluator.graph import load_graph
 from services.evaluator.latency import median_milliseconds
 from services.evaluator.onnx_runtime import RUNTIME, OnnxModel
@@ -24,6 +28,8 @@ FORMS = {
     "onnx_ort": reports_pb2.MEASURED_FORM_ONNX_ORT,
 }
 """Request field and form of each graph; the float model comes first, for it is the others' reference."""
+ENGINE = "engine"
+_REPEATS_ON_GPU = 10  # times the repeats on the CPU: runs are short there, and a 99th percentile wants many
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64] | None, NDArray[np.float32] | None]
 
@@ -36,9 +42,17 @@ def evaluate_graphs(request: evaluator_pb2.StartEvaluateRequest, context: JobCon
 
     Raises:
         CancelledError: The job was cancelled.
+        FailedPreconditionError: The engine does not run on this machine.
         InvalidArgumentError: A graph or the set is damaged, or they do not fit together.
         NotFoundError: The store does not hold an artifact.
     """
+    with ExitStack() as stack:
+        return _evaluate(request, context, stack)
+
+
+def _evaluate(
+    request: evaluator_pb2.StartEvaluateRequest, context: JobContext, stack: ExitStack
+) -> reports_pb2.EvaluationResult:
     settings: EvaluatorSettings = context.settings
     size = request.batch_size if request.HasField("batch_size") else DEFAULT_BATCH
     context.report("loading")
@@ -47,7 +61,10 @@ def evaluate_graphs(request: evaluator_pb2.StartEvaluateRequest, context: JobCon
         data = SyntheticSet(context.store.local_path(request.synthetic_set.digest))
     else:
         data = open_dataset(request.dataset, settings.dataset_root, context.store)
-    models = {field: _load(field, request, context) for field in FORMS if request.HasField(field)}
+    graphs = {field: _load(field, request, context) for field in FORMS if request.HasField(field)}
+    models: dict[str, OnnxModel | EngineModel] = {**graphs}
+    if request.HasField("engine"):
+        models[ENGINE] = _load_engine(request, context, stack)
     first = models["onnx_float"]
     data.require(first.input_shape, first.num_classes)
     for field, model in models.items():
@@ -74,7 +91,12 @@ def evaluate_graphs(request: evaluator_pb2.StartEvaluateRequest, context: JobCon
     )
     for number, (field, model) in enumerate(models.items()):
         context.report("timing", number, len(models))
-        result.measurements.append(_measured(field, model, meters[field], sample, context))
+        accuracy = meters[field].result()
+        if isinstance(model, EngineModel):
+            exact = graphs.get("onnx_trt")
+            result.measurements.append(_measured_engine(model, exact, accuracy, sample, context))
+        else:
+            result.measurements.append(_measured(field, model, accuracy, sample, context))
     context.report("timing", len(models), len(models))
     return result
 
@@ -84,6 +106,19 @@ def _load(field: str, request: evaluator_pb2.StartEvaluateRequest, context: JobC
     artifact: artifacts_pb2.Artifact = getattr(request, field)
     graph = load_graph(context.store.local_path(artifact.digest), field)
     return OnnxModel(graph, FORMS[field], context.settings.onnx_threads, field)
+
+
+def _load_engine(request: evaluator_pb2.StartEvaluateRequest, context: JobContext, stack: ExitStack) -> EngineModel:
+    manifest = request.engine
+    require_fit(manifest)
+    if request.HasField("onnx_trt") and manifest.onnx_digest != request.onnx_trt.digest:
+        raise InvalidArgumentError("the engine was built from another graph than onnx_trt", field=ENGINE)
+    plan = context.store.read_bytes(manifest.engine.digest)
+    gpu = Cuda()
+    stack.callback(gpu.close)
+    model = EngineModel(plan, manifest, gpu)
+    stack.callback(model.close)
+    return model
 
 
 def _batches(data: LabelledSet | SyntheticSet, size: int) -> Iterator[Batch]:
@@ -96,13 +131,42 @@ def _batches(data: LabelledSet | SyntheticSet, size: int) -> Iterator[Batch]:
             yield images, labels, None
 
 
+def _measured_engine(
+    model: EngineModel,
+    exact: OnnxModel | None,
+    accuracy: reports_pb2.Accuracy,
+    sample: NDArray[np.float32],
+    context: JobContext,
+) -> reports_pb2.Measurement:
+    settings: EvaluatorSettings = context.settings
+    repeats = settings.latency_repeats * _REPEATS_ON_GPU
+    reference = exact.run if exact is not None else None
+    batches = measure_batches(model, sample, reference, repeats, settings.latency_seconds, context.check_cancelled)
+    tuned = next(batch for batch in batches if batch.batch == model.batch[1])
+    found = find_gpu()
+    return reports_pb2.Measurement(
+        form=reports_pb2.MEASURED_FORM_ENGINE,
+        accuracy=accuracy,
+        latency_ms_p50=tuned.latency_ms_p50,
+        latency_batch=tuned.batch,
+        runtime=model.runtime,
+        device=found.name if found is not None else "",
+        batches=batches,
+        device_memory_bytes=model.device_memory_bytes,
+    )
+
+
 def _measured(
-    field: str, model: OnnxModel, meter: AccuracyMeter, sample: NDArray[np.float32], context: JobContext
+    field: str,
+    model: OnnxModel,
+    accuracy: reports_pb2.Accuracy,
+    sample: NDArray[np.float32],
+    context: JobContext,
 ) -> reports_pb2.Measurement:
     settings: EvaluatorSettings = context.settings
     result = reports_pb2.Measurement(
         form=FORMS[field],
-        accuracy=meter.result(),
+        accuracy=accuracy,
         latency_ms_p50=median_milliseconds(
             lambda: model.run(sample), settings.latency_repeats, settings.latency_seconds, context.check_cancelled
         ),

@@ -23,11 +23,27 @@ def median_milliseconds(
     for _ in range(WARM_UP):
         check()
         run()
+
+    def timed() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return statistics.median(timings(timed, repeats, seconds, check)) * 1000.0
+
+
+def timings(timed: Callable[[], float], repeats: int, seconds: float, check: Callable[[], None]) -> list[float]:
+    """Return what ``timed`` returns, run after run, 1 or more times.
+
+    Args:
+        timed: Runs once and returns its time.
+        repeats: Runs at most, 1 or more.
+        seconds: No further run begins after this time; one always does.
+        check: Called before each run; may raise to stop.
+    """
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < repeats and (not times or time.perf_counter() < end):
         check()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1000.0
+        times.append(timed())
+    return times

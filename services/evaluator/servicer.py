@@ -8,6 +8,7 @@ import grpc
 from granq.v1 import evaluator_pb2, evaluator_pb2_grpc
 from services.common.jobs import JobManager
 from services.evaluator import runtimes
+from services.evaluator.engine_model import require_fit
 
 KINDS = {
     "evaluate": "services.evaluator.jobs:evaluate",
@@ -30,7 +31,9 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
     async def StartEvaluate(  # noqa: N802
         self, request: evaluator_pb2.StartEvaluateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> evaluator_pb2.StartEvaluateResponse:
-        """Start a measurement."""
+        """Start a measurement; an engine that does not run here is refused before it is loaded."""
+        if request.HasField("engine"):
+            await asyncio.to_thread(require_fit, request.engine)
         return evaluator_pb2.StartEvaluateResponse(job=await self._jobs.start("evaluate", request.key, request))
 
     async def StartBuildEngine(  # noqa: N802

@@ -18,6 +18,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from granq.engines.machine import find_gpu
 from granq.v1 import artifacts_pb2, common_pb2, evaluator_pb2, evaluator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, reports_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.rpc import GrpcServer
@@ -167,6 +168,25 @@ async def test_build_engine(evaluator: Evaluator) -> None:
     record = json.loads(evaluator.store.read_bytes(engine.manifest_file.digest))
     assert record["compute_capabilities"] == ["8.6", "8.9"]
     assert (failed.state, failed.failure.reason) == (jobs_pb2.JOB_STATE_FAILED, "LAYER_NOT_INT8")
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+async def test_an_engine_without_a_gpu_is_refused_at_once(evaluator: Evaluator) -> None:
+    onnx = evaluator.put()
+    manifest = reports_pb2.EngineManifest(
+        engine=evaluator.store.put_bytes(b"plan"),
+        onnx_digest=onnx.digest,
+        runtime=common_pb2.RUNTIME_TENSORRT_RTX,
+        runtime_version=runtimes.TENSORRT_RTX.version() or "1.7",
+        compute_capabilities=["8.9"],
+    )
+    request = evaluator_pb2.StartEvaluateRequest(
+        key=key("e9"), onnx_float=onnx, onnx_trt=onnx, dataset=evaluator.labelled(2), engine=manifest
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await evaluator.calls.StartEvaluate(request)
+    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "needs an NVIDIA GPU of compute capability 8.9" in str(caught.value.details())
 
 
 @pytest.mark.skipif(runtimes.TENSORRT.version() is not None, reason="tensorrt is installed")
