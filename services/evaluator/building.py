@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from granq.v1 import artifacts_pb2, common_pb2, reports_pb2
-from services.common.artifacts import ArtifactStore
 from services.evaluator import engine_build, runtimes
 from services.evaluator.build_spec import BuildOutcome, BuildSpec
 from services.evaluator.engine_build import Follower
@@ -12,7 +11,7 @@ from services.evaluator.graph import Graph, load_graph
 from services.evaluator.manifest import make_manifest
 from services.evaluator.plan_audit import PlanAudit
 from services.evaluator.runtimes import EngineRuntime
-from services.evaluator.timing_cache import cache_name_of, fetch_cache, keep_cache
+from services.evaluator.timing_cache import CacheStore, cache_name_of, fetch_cache, keep_cache
 
 DEFAULT_BATCH = (1, 8, 64)
 DEFAULT_OPTIMIZATION_LEVEL = 3
@@ -51,7 +50,7 @@ def build_plan(
     plan: Path,
     follower: Follower,
     seconds: float,
-    caches: ArtifactStore | None = None,
+    caches: CacheStore | None = None,
 ) -> BuiltPlan:
     """Build an engine in a process of its own, and audit it.
 

@@ -6,14 +6,30 @@ with one, the build goes on without it.
 
 import re
 from pathlib import Path
+from typing import Protocol
 
 from granq.engines.machine import UNKNOWN_VERSION, driver_version, find_gpu
 from granq.v1 import artifacts_pb2
-from services.common.artifacts import ArtifactStore
 from services.common.errors import DataLossError, NotFoundError
 from services.evaluator.runtimes import EngineRuntime
 
 _OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9.-]+")
+
+
+class CacheStore(Protocol):
+    """Where caches are kept: what they need of an ArtifactStore, which a device has none of."""
+
+    def get_ref(self, name: str) -> bytes | None:
+        """Return what a name refers to."""
+
+    def set_ref(self, name: str, data: bytes) -> None:
+        """Make a name refer to something else."""
+
+    def read_bytes(self, digest: str) -> bytes:
+        """Return a blob."""
+
+    def put_file(self, path: Path, name: str = "", media_type: str = "") -> artifacts_pb2.Artifact:
+        """Store a copy of a file."""
 
 
 def cache_name_of(runtime: EngineRuntime) -> str | None:
@@ -31,7 +47,7 @@ def cache_name_of(runtime: EngineRuntime) -> str | None:
     return "timing-caches/" + "/".join(_OTHER_CHARACTERS.sub("_", part) for part in parts)
 
 
-def fetch_cache(store: ArtifactStore, name: str, path: Path) -> bool:
+def fetch_cache(store: CacheStore, name: str, path: Path) -> bool:
     """Write the named cache to a file; return whether there was one."""
     data = store.get_ref(name)
     if data is None:
@@ -43,7 +59,7 @@ def fetch_cache(store: ArtifactStore, name: str, path: Path) -> bool:
     return True
 
 
-def keep_cache(store: ArtifactStore, name: str, path: Path) -> None:
+def keep_cache(store: CacheStore, name: str, path: Path) -> None:
     """Store a cache that a build wrote; of builds at the same time, the last one's is kept."""
     artifact = store.put_file(path, name="timing.cache", media_type="application/octet-stream")
     store.set_ref(name, artifact.SerializeToString())

@@ -214,7 +214,7 @@ def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jo
         model_name=request.model.architecture or request.model.artifact.name,
         input_shape=model.input_shape,
         num_classes=model.num_classes,
-        layers=_layers(integer),
+        layers=layer_reports(integer),
     )
     if request.HasField("preprocessing"):
         about.preprocessing.CopyFrom(request.preprocessing)
@@ -244,7 +244,8 @@ def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jo
     )
 
 
-def _layers(integer: torch.fx.GraphModule) -> list[reports_pb2.LayerQuantization]:
+def layer_reports(integer: torch.fx.GraphModule) -> list[reports_pb2.LayerQuantization]:
+    """Return how each layer of an integer form is quantized, in order of execution."""
     return [
         reports_pb2.LayerQuantization(
             name=name,

@@ -83,7 +83,7 @@ class DevicePackage:
             *(onnx.checker.ValidationError, onnx.shape_inference.InferenceError),
         ) as error:
             refuse(f"holds a graph that no pipeline exports: {error}")
-        versions = f"; the package was made by {self.manifest.producer}, and this is {_producer()}"
+        versions = f"; the package was made by {self.manifest.producer!r}, and this is {_producer()}"
         return _checked(result, self.manifest.onnx_ort, versions)
 
 
