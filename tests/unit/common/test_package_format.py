@@ -1,5 +1,6 @@
 """Device packages: lossless, small, and safe to open whatever is in the file."""
 
+import hashlib
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterable
@@ -244,6 +245,40 @@ def test_a_graph_that_no_pipeline_exports_is_refused() -> None:
     foreign = model.SerializeToString()
     with pytest.raises(InternalError, match="no pipeline exports"):
         write_package(foreign, ort, ABOUT)
+
+
+def test_a_graph_of_any_bytes_is_rebuilt_or_refused(package: bytes) -> None:
+    """Whoever knows the format can give damage a valid digest; so the graph's own reader has to bear it."""
+    old = from_file(package)
+    manifest = packages_pb2.PackageManifest.FromString(bytes(old.manifest))
+    trt, _ = files()
+    spans = [range(weight.offset, weight.offset + weight.count) for weight in manifest.weights]
+    places = [place for place in range(len(trt)) if not any(place in span for span in spans)]
+    random = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        altered = bytearray(trt)
+        altered[places[random.integers(len(places))]] = random.integers(256)
+        manifest.onnx_trt.digest = f"sha256:{hashlib.sha256(altered).hexdigest()}"
+        graph = zlib.compress(bytes(altered[place] for place in places))
+        opened = parse_package(to_file(Parts(manifest.SerializeToString(), graph, bytes(old.codes))))
+        assert opened.rebuild_trt() == altered
+        try:
+            opened.rebuild_ort(bytes(altered))
+            outcomes.add("rebuilt")
+        except InvalidArgumentError as error:
+            outcomes.add(" ".join(error.message.split()[:5]))
+    assert {"not a readable ONNX file:", "the device package holds a", "the device package does not"} <= outcomes
+
+
+@pytest.mark.parametrize("bound", [-1e30, 1e9, float("nan"), float("inf")])
+def test_codes_without_bounds_are_refused(bound: float) -> None:
+    trt, ort = files()
+    model = onnx.load_model_from_string(trt)
+    low = next(t for t in model.graph.initializer if t.name == "low")
+    low.raw_data = np.float32(bound).tobytes()
+    with pytest.raises(InternalError, match="no pipeline exports"):
+        write_package(model.SerializeToString(), ort, ABOUT)
 
 
 def test_a_graph_that_names_other_files_is_refused() -> None:
