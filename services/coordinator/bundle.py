@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
 from services.common.artifacts import ArtifactStore, ArtifactWriter
 from services.coordinator.report import GRID, PICTURE, report_json, report_markdown
+from services.coordinator.triton import serving_files
 
 _CHUNK = 1024 * 1024
 # Zip's first day. With the true time, a repeated REPORT stage would make another bundle of the same content.
@@ -92,6 +93,9 @@ def build_report(store: ArtifactStore, pipeline: coordinator_pb2.Pipeline) -> co
     json_bytes = report_json(pipeline)
     report = store.put_bytes(json_bytes, "report.json", "application/json")
     files = bundle_files(pipeline.results)
+    for path, content, note in serving_files(pipeline.results):
+        kept = store.put_bytes(content, note, "text/plain") if isinstance(content, bytes) else content
+        files.append(BundleFile(path, kept, note))
     sized = [(file.path, store.stat(file.artifact.digest).size_bytes, file.note) for file in files]
     markdown = report_markdown(pipeline, sized)
     with store.writer(f"{pipeline.pipeline_id}.zip", "application/zip") as writer:

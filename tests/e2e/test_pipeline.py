@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -186,7 +187,13 @@ def test_bundle_holds_the_files(deployment: Deployment, undisturbed: Run, tmp_pa
         held["engines/1_tensorrt_rtx.engine"] = results.engines[0].engine.manifest.engine
         held["engines/1_tensorrt_rtx.json"] = results.engines[0].engine.manifest_file
     with zipfile.ZipFile(deployment.client.download(results.bundle, tmp_path)) as bundle:
-        assert set(bundle.namelist()) == {*held, "report.md"}
+        assert {name for name in bundle.namelist() if not name.startswith("triton/")} == {*held, "report.md"}
+        assert bundle.read("triton/model_onnx/1/model.onnx") == bundle.read("model_ort.onnx")
+        session = onnxruntime.InferenceSession(bundle.read("model_ort.onnx"), providers=["CPUExecutionProvider"])
+        config = bundle.read("triton/model_onnx/config.pbtxt").decode()
+        for tensor in (*session.get_inputs(), *session.get_outputs()):
+            dims = ", ".join(map(str, tensor.shape[1:]))
+            assert f'name: "{tensor.name}" data_type: TYPE_FP32 dims: [ {dims} ]' in config
         for name, artifact in held.items():
             path = deployment.client.download(artifact, tmp_path / Path(name).name)
             assert bundle.read(name) == path.read_bytes(), name

@@ -84,6 +84,7 @@ class FakeRuntime(ModuleType):
         super().__init__("tensorrt")
         self.__version__ = "10.13.3.9"
         self.ILogger = ILogger
+        self.Logger = _Logger
         self.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
         self.DataType = SimpleNamespace(FLOAT="float")
         self._gpu, self._run, self._limits, self._fail = gpu, run, limits, fail
@@ -109,6 +110,14 @@ class FakeRuntime(ModuleType):
             get_tensor_dtype=lambda name: "float",
             create_execution_context=lambda: None if self._fail == "prepare" else _Context(self),
         )
+
+
+class _Logger(ILogger):
+    def __init__(self, severity: int = Severity.WARNING) -> None:
+        super().__init__()
+
+    def log(self, severity: int, message: str) -> None:
+        raise AssertionError(message)
 
 
 class _Context:

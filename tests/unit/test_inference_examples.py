@@ -1,0 +1,120 @@
+"""The inference examples do what they say; the one for TensorRT on stand-ins, and for real where there is a GPU."""
+
+import ctypes
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from granq.engines.machine import find_gpu
+from granq.v1 import common_pb2, evaluator_pb2, reports_pb2
+from services.evaluator.graph import load_graph
+from services.evaluator.jobs import build_engine
+from services.evaluator.onnx_runtime import OnnxModel
+from tests.support.evaluator_bench import EvaluatorBench
+from tests.support.fake_engine import FakeGpu, FakeRuntime
+from tests.support.onnx_graphs import images, quantized, saved
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "inference"
+SEED = 4  # of a graph that sees more than one class in the images
+CALLS = ("cudaMalloc", "cudaMemcpyAsync", "cudaStreamCreate", "cudaStreamSynchronize", "cudaMemcpyKind")
+
+
+def expected(folder: Path, form: reports_pb2.MeasuredForm, **options: Any) -> list[int]:
+    graph = load_graph(saved(folder, "m", quantized(seed=SEED, **options)), "f")
+    classes: list[int] = OnnxModel(graph, form, 1, "f").run(images(6)).argmax(1).tolist()
+    return classes
+
+
+def printed(script: str, model: Path, folder: Path, *options: str) -> list[int]:
+    np.save(folder / "images.npy", images(6))
+    command = [sys.executable, str(EXAMPLES / script), str(model), str(folder / "images.npy"), *options]
+    return [int(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+
+
+def test_onnxruntime(tmp_path: Path) -> None:
+    classes = expected(tmp_path, reports_pb2.MEASURED_FORM_ONNX_ORT, unsigned=True)
+    assert printed("onnxruntime_inference.py", tmp_path / "m.onnx", tmp_path) == classes
+    assert len(set(classes)) > 1
+
+
+class FakeCudart(ModuleType):
+    """cuda.bindings.runtime over a FakeGpu."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self._gpu = gpu
+        self.cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+
+    def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
+        return 0, self._gpu.stream
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
+        return (0,)
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:  # noqa: N802
+        return 0, self._gpu.allocate(size)
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:  # noqa: N802
+        if kind == 1:
+            self._gpu.upload(to, np.frombuffer(ctypes.string_at(source, size), np.uint8))
+        else:
+            ctypes.memmove(to, bytes(self._gpu.memory[source]), size)
+        return (0,)
+
+
+def test_tensorrt_on_stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu()
+    graph = OnnxModel(
+        load_graph(saved(tmp_path, "m", quantized(seed=SEED)), "f"), reports_pb2.MEASURED_FORM_ONNX_TRT, 1, "f"
+    )
+    runtime = FakeRuntime(gpu, graph.run)
+    cudart = FakeCudart(gpu)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=cudart))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cudart)
+    spec = importlib.util.spec_from_file_location("tensorrt_inference", EXAMPLES / "tensorrt_inference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    classes: NDArray[np.int64] = example.classify(runtime, b"plan", images(6))
+    assert classes.tolist() == graph.run(images(6)).argmax(1).tolist()
+    with pytest.raises(RuntimeError, match="cudaErrorNoDevice"):
+        example.must((_Status(), 0))
+
+
+class _Status(int):
+    """A status that is not 0, with its name."""
+
+    def __new__(cls) -> "_Status":
+        return super().__new__(cls, 100)
+
+    def __str__(self) -> str:
+        return "cudaErrorNoDevice"
+
+
+def test_cuda_python_has_what_the_example_uses() -> None:
+    cudart = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    assert [name for name in CALLS if not hasattr(cudart, name)] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_gpu() is None, reason="no GPU")
+def test_tensorrt_rtx_on_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("cuda.bindings.runtime")
+    bench = EvaluatorBench(tmp_path)
+    target = common_pb2.EngineTarget(runtime=common_pb2.RUNTIME_TENSORRT_RTX)
+    built = build_engine(
+        evaluator_pb2.StartBuildEngineRequest(onnx_trt=bench.put(quantized(seed=SEED)), target=target), bench.context
+    )
+    plan = bench.store.local_path(built.engine.manifest.engine.digest)
+    classes = expected(tmp_path, reports_pb2.MEASURED_FORM_ONNX_TRT)
+    assert printed("tensorrt_inference.py", plan, tmp_path, "--rtx") == classes
