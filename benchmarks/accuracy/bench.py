@@ -117,7 +117,7 @@ class Bench:
     def synthesizer(self, batch_size: int, seed: int, *, bounded: bool = True) -> Synthesizer:
         """Return a fresh generator."""
         return Synthesizer(
-            self.teacher,
+            no_grad_copy(self.model.module),  # its own: it gets hooks that gather statistics
             self.model.input_shape,
             self.model.num_classes,
             SynthesisParameters(batch_size, seed),
