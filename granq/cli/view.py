@@ -91,7 +91,7 @@ def describe(console: "Console", pipeline: coordinator_pb2.Pipeline, folder: Pat
         console.print(text, markup=False)
     if results.evaluation.measurements:
         console.print(measurements_table(pipeline))
-    lines = [*_runtime_lines(results), *_engine_lines(pipeline, folder)]
+    lines = [*_runtime_lines(results), *_engine_lines(pipeline, folder), *_unmeasured_lines(results)]
     for line in [*lines, *_size_lines(results), *_place_lines(results, folder)]:
         console.print(line, markup=False)
 
@@ -116,7 +116,8 @@ def _measurement_row(measurement: reports_pb2.Measurement, formats: str) -> tupl
     accuracy = measurement.accuracy
     speed = f"{measurement.latency_ms_p50:.1f} ({measurement.latency_batch})"
     return (
-        FORMS.get(measurement.form, "?").format(bits=formats),
+        FORMS.get(measurement.form, "?").format(bits=formats)
+        + (f" {measurement.target}" if measurement.target else ""),
         f"{accuracy.top1:.2f}" if accuracy.HasField("top1") else "",
         f"{accuracy.top5:.2f}" if accuracy.HasField("top5") else "",
         f"{accuracy.agreement:.2f}" if accuracy.HasField("agreement") else "",
@@ -135,6 +136,11 @@ def _runtime_lines(results: coordinator_pb2.PipelineResults) -> Iterator[str]:
     for measurement in measurements:
         if measurement.form == simulated:
             yield f"simulated: fake quantization in PyTorch ({measurement.runtime}), which no device runs"
+
+
+def _unmeasured_lines(results: coordinator_pb2.PipelineResults) -> Iterator[str]:
+    for engine in results.evaluation.unmeasured:
+        yield f"engine {engine.target} was built and not run: {engine.failure.message}"
 
 
 def _engine_lines(pipeline: coordinator_pb2.Pipeline, folder: Path | None) -> Iterator[str]:

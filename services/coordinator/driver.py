@@ -15,14 +15,16 @@ from services.common.errors import (
     FailedPreconditionError,
     GranqError,
     InternalError,
+    InvalidArgumentError,
     NotFoundError,
+    ResourceExhaustedError,
     UnavailableError,
     to_failure,
 )
 from services.common.logs import get_logger
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import CONTINUE
-from services.coordinator.measurements import merge_evaluations, part_of
+from services.coordinator.measurements import engine_rows, merge_evaluations, part_of
 from services.coordinator.metrics import JOB_RETRIES, STAGE_SECONDS
 from services.coordinator.relay import ProgressRelay
 from services.coordinator.repository import Repository
@@ -35,6 +37,8 @@ from services.coordinator.workers import Workers
 SUPERSEDED = "superseded"
 FAILED = "failed"
 _STOP_SECONDS = 2.0
+# What may be wrong with an engine or the GPU that it would run on, without harm to what else is measured.
+_OF_THE_ENGINE = (FailedPreconditionError, InternalError, InvalidArgumentError, ResourceExhaustedError)
 
 BuildReport = Callable[[coordinator_pb2.Pipeline], coordinator_pb2.PipelineResults]
 
@@ -163,10 +167,24 @@ class PipelineDriver:
     ) -> coordinator_pb2.PipelineResults:
         found: dict[str, reports_pb2.EvaluationResult] = {}
         # One after the other: where both workers share a machine, the simulation would falsify the graphs' latency.
+        engines = reports_pb2.EvaluationResult()
         for call in calls:
-            result = await self._job(pipeline.pipeline_id, attempt, call)
-            found[call.worker] = _expect(result, "evaluation", call).evaluation
+            try:
+                result = await self._job(pipeline.pipeline_id, attempt, call)
+            except _OF_THE_ENGINE as error:
+                if not call.engine:
+                    raise
+                # What could be measured of the graphs is still worth having.
+                log.warning("engine not measured", reason=error.reason, error=error.message)
+                engines.unmeasured.add(target=call.engine, failure=to_failure(error))
+                continue
+            evaluation = _expect(result, "evaluation", call).evaluation
+            if call.engine:
+                engines.measurements.extend(engine_rows(evaluation, call.engine))
+            else:
+                found[call.worker] = evaluation
         merged = merge_evaluations(found.get("evaluator"), found.get("quantizer"), pipeline.results.quantization)
+        merged.MergeFrom(engines)
         return coordinator_pb2.PipelineResults(evaluation=merged)
 
     async def _job(self, pipeline_id: str, attempt: int, call: JobCall) -> jobs_pb2.JobResult:

@@ -25,12 +25,21 @@ def part_of(result: jobs_pb2.JobResult) -> coordinator_pb2.PipelineResults:
     return part
 
 
+def engine_rows(evaluation: reports_pb2.EvaluationResult, target: str) -> Iterable[reports_pb2.Measurement]:
+    """Return the rows that tell of an engine, named after its target; the graphs' own rows come from another job."""
+    for row in evaluation.measurements:
+        if row.form == Form.MEASURED_FORM_ENGINE:
+            named = reports_pb2.Measurement(target=target)
+            named.MergeFrom(row)
+            yield named
+
+
 def merge_evaluations(
     graphs: reports_pb2.EvaluationResult | None,
     simulation: reports_pb2.EvaluationResult | None,
     quantization: reports_pb2.QuantizationResult,
 ) -> reports_pb2.EvaluationResult:
-    """Return one result whose rows are ordered float, simulated, exported graphs, engines.
+    """Return one result whose rows are ordered float, simulated, exported graphs.
 
     Args:
         graphs: What the evaluator measured; None when there are no graphs.

@@ -57,6 +57,7 @@ def report_markdown(pipeline: coordinator_pb2.Pipeline, files: Sequence[tuple[st
     head = ("Form", "Top-1 %", "Top-5 %", "Agreement %", "SQNR dB", "Latency ms", "INT8 layers", "Images", "Ran on")
     lines += _table(head, map(_measurement, results.evaluation.measurements), range(1, 8))
     lines += ["", *_notes(pipeline)]
+    lines += _batches(results.evaluation.measurements)
     if results.engines:
         lines += ["", "## Engines", ""]
         lines += _table(
@@ -114,7 +115,7 @@ def _measurement(row: reports_pb2.Measurement) -> tuple[str, ...]:
     latency = f"{row.latency_ms_p50:.2f} (batch {row.latency_batch})" if row.HasField("latency_ms_p50") else "–"
     layers = f"{row.int8_layers} of {row.total_layers}" if row.HasField("int8_layers") else "–"
     return (
-        _FORMS.get(row.form, "Unknown"),
+        _FORMS.get(row.form, "Unknown") + (f", {_text(row.target)}" if row.target else ""),
         f"{accuracy.top1:.2f}" if accuracy.HasField("top1") else "–",
         f"{accuracy.top5:.2f}" if accuracy.HasField("top5") else "–",
         f"{accuracy.agreement:.2f}" if accuracy.HasField("agreement") else "–",
@@ -123,6 +124,25 @@ def _measurement(row: reports_pb2.Measurement) -> tuple[str, ...]:
         layers,
         f"{accuracy.images:,}" if accuracy.images else "–",
         _text(", ".join(part for part in (row.runtime, row.device) if part) or "–"),
+    )
+
+
+def _batches(rows: Iterable[reports_pb2.Measurement]) -> list[str]:
+    """Return the section on engines at each batch; nothing where none was measured."""
+    measured = [_batch(row, batch) for row in rows for batch in row.batches]
+    head = ("Engine", "Batch", "Mean ms", "Median ms", "99 % below", "Images/s", "Agreement %", "Logits differ by")
+    return ["", "## Engines at each batch", "", *_table(head, measured, range(1, 8))] if measured else []
+
+
+def _batch(row: reports_pb2.Measurement, batch: reports_pb2.BatchMeasurement) -> tuple[str, ...]:
+    times = (batch.latency_ms_mean, batch.latency_ms_p50, batch.latency_ms_p99)
+    return (
+        _text(row.target),
+        str(batch.batch),
+        *(f"{time:.3f}" for time in times),
+        f"{batch.images_per_second:,.0f}",
+        f"{batch.agreement:.2f}" if batch.HasField("agreement") else "–",
+        f"{batch.largest_difference:.3g}" if batch.HasField("largest_difference") else "–",
     )
 
 
@@ -141,6 +161,10 @@ def _notes(pipeline: coordinator_pb2.Pipeline) -> list[str]:
         )
     if pipeline.results.HasField("export") and not pipeline.results.export.exact:
         notes.append("Some accumulators can pass 2^24, so float32 runs of the exact graph may round.")
+    notes += [
+        f"Engine {_text(engine.target)} was not run: {_text(engine.failure.message)}"
+        for engine in pipeline.results.evaluation.unmeasured
+    ]
     return [f"- {note}" for note in notes]
 
 

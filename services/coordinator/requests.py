@@ -43,11 +43,13 @@ class JobCall:
         worker: "generator", "quantizer" or "evaluator".
         request: Its Start… request, with the key in it; its type says which call it is.
         label: Put before the phases of its progress, where a stage has several jobs; else empty.
+        engine: Where it measures an engine, the name of that; else empty. The pipeline goes on when it cannot be done.
     """
 
     worker: str
     request: StartRequest
     label: str = field(default="")
+    engine: str = field(default="")
 
     @property
     def job_id(self) -> str:
@@ -88,8 +90,8 @@ def applies(stage: int, spec: coordinator_pb2.PipelineSpec) -> bool:
 def stage_calls(stage: int, pipeline: coordinator_pb2.Pipeline) -> list[JobCall]:
     """Return the jobs of a stage.
 
-    For BUILD_ENGINES these are one for each target that needs an engine, in order; for EVALUATE graphs, then
-    simulation.
+    For BUILD_ENGINES these are one for each target that needs an engine, in order; for EVALUATE graphs, each engine
+    that was built, then simulation.
     """
     spec, results = pipeline.spec, pipeline.results
     calls: list[JobCall] = []
@@ -143,15 +145,24 @@ def _evaluations(spec: coordinator_pb2.PipelineSpec, results: coordinator_pb2.Pi
     labelled = spec.HasField("dataset")
     if not simulation_only(spec):
         evaluate = evaluator_pb2.StartEvaluateRequest(
-            onnx_float=results.export.onnx_float,
-            onnx_trt=results.export.onnx_trt,
-            onnx_ort=results.export.onnx_ort,
+            onnx_float=results.export.onnx_float, onnx_trt=results.export.onnx_trt
         )
         if labelled:
             evaluate.dataset.CopyFrom(spec.dataset)
         else:
             evaluate.synthetic_set.CopyFrom(results.synthesis.dataset)
-        calls.append(JobCall("evaluator", evaluate, "graphs" if labelled else ""))
+        engines = [
+            (outcome.target.name or str(number), outcome.engine.manifest)
+            for number, outcome in enumerate(results.engines, 1)
+            if outcome.WhichOneof("outcome") == "engine"
+        ]
+        graphs = evaluator_pb2.StartEvaluateRequest(onnx_ort=results.export.onnx_ort)
+        graphs.MergeFrom(evaluate)
+        calls.append(JobCall("evaluator", graphs, "graphs" if labelled or engines else ""))
+        for name, manifest in engines:
+            measure = evaluator_pb2.StartEvaluateRequest(engine=manifest)
+            measure.MergeFrom(evaluate)
+            calls.append(JobCall("evaluator", measure, f"engine {name}", engine=name))
     if labelled:
         simulate = quantizer_pb2.StartSimulateRequest(
             model=model_of(spec), quantized_model=results.quantization.model, dataset=spec.dataset

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import granq
+from granq.engines.machine import find_gpu
 from granq.v1 import common_pb2, coordinator_pb2, reports_pb2
 from services.common.models.cifar_resnet import CifarResNet
 from tests.support.models import settle
@@ -168,6 +169,10 @@ def test_engine_is_built_or_told_why_not(undisturbed: Run) -> None:
         assert outcome.WhichOneof("outcome") == "engine", outcome.failure
         assert outcome.engine.manifest.onnx_digest == undisturbed.pipeline.results.export.onnx_trt.digest
         assert outcome.engine.int8_layers == outcome.engine.total_layers
+        if find_gpu() is None:
+            (unmeasured,) = undisturbed.pipeline.results.evaluation.unmeasured
+            assert (unmeasured.target, unmeasured.failure.reason) == ("1", "ENGINE_FOREIGN")
+            assert "needs an NVIDIA GPU" in unmeasured.failure.message
 
 
 def test_bundle_holds_the_files(deployment: Deployment, undisturbed: Run, tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def build_engine(request: evaluator_pb2.StartBuildEngineRequest, context: JobCon
 
 
 def evaluate(request: evaluator_pb2.StartEvaluateRequest, context: JobContext) -> jobs_pb2.JobResult:
-    """Measure the three graphs."""
+    """Measure the three graphs; there is no GPU here for an engine."""
+    if request.HasField("engine"):
+        raise from_failure(common_pb2.Failure(code=9, reason="ENGINE_FOREIGN", message="no GPU here"))
     _work("evaluate", context)
     forms = (
         reports_pb2.MEASURED_FORM_FLOAT,

@@ -57,6 +57,8 @@ async def test_a_pipeline_runs_through_all_stages_to_its_report(running: Bench, 
     assert [row.form for row in results.evaluation.measurements] == [FLOAT, SIMULATED, TRT, ORT]
     assert [outcome.WhichOneof("outcome") for outcome in results.engines] == ["failure", "engine"]
     assert results.engines[0].failure.reason == "RUNTIME_MISSING"
+    (unmeasured,) = results.evaluation.unmeasured
+    assert (unmeasured.target, unmeasured.failure.reason) == ("2", "ENGINE_FOREIGN")
     report = json.loads(await client.download(results.report.digest))
     assert report["pipeline_id"] == pipeline.pipeline_id
     bundle = running.folder / "bundle.zip"

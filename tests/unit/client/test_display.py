@@ -6,7 +6,7 @@ from rich.console import Console
 
 from granq.cli.follow import LiveDisplay, PlainDisplay, bars, note
 from granq.cli.view import describe, size
-from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2
+from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2, reports_pb2
 
 
 def event(
@@ -68,6 +68,25 @@ def test_an_engine_is_described_by_size_and_target() -> None:
     console, stream = screen()
     describe(console, pipeline)
     assert "engine: sha256:abc, 3.0 MiB, TensorRT-RTX 1.7 for sm 8.9, linux-x86_64" in stream.getvalue()
+
+
+def test_targets_without_an_engine_and_engines_that_did_not_run_are_told() -> None:
+    pipeline = coordinator_pb2.Pipeline(pipeline_id="p", state=coordinator_pb2.PIPELINE_STATE_SUCCEEDED)
+    results = pipeline.results
+    results.engines.add(target=common_pb2.EngineTarget(name="cpu")).graph.digest = "sha256:abc"
+    results.engines.add(target=common_pb2.EngineTarget(name="l4")).failure.message = "build on an L4"
+    results.evaluation.unmeasured.add(target="rtx-ada", failure=common_pb2.Failure(message="no GPU"))
+    row = results.evaluation.measurements.add(form=reports_pb2.MEASURED_FORM_ENGINE, target="h100")
+    row.accuracy.images = 10
+    console, stream = screen()
+    describe(console, pipeline)
+    for text in (
+        "engine: none needed for cpu; it loads sha256:abc",
+        "engine: none for l4: build on an L4",
+        "engine rtx-ada was built and not run: no GPU",
+        "engine h100",
+    ):
+        assert text in stream.getvalue()
 
 
 def test_sizes() -> None:

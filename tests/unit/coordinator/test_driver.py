@@ -9,7 +9,13 @@ import pytest
 
 from granq.v1 import common_pb2, jobs_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
-from services.common.errors import FailedPreconditionError, GranqError, InvalidArgumentError
+from services.common.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    GranqError,
+    InternalError,
+    InvalidArgumentError,
+)
 from services.coordinator.bundle import build_report
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.driver import FAILED, SUPERSEDED, PipelineDriver
@@ -39,6 +45,7 @@ class PromptWorkers:
             "StartSimulateRequest": jobs_pb2.JobResult(evaluation=made.evaluation),
         }
         self.refusals: dict[str, GranqError] = {}
+        self.engine_refusal: GranqError | None = None
         self.started: list[str] = []
 
     async def start(self, call: JobCall) -> jobs_pb2.Job:
@@ -46,6 +53,8 @@ class PromptWorkers:
         self.started.append(kind)
         if kind in self.refusals:
             raise self.refusals[kind]
+        if call.engine and self.engine_refusal is not None:
+            raise self.engine_refusal
         return jobs_pb2.Job(state=SUCCEEDED, result=self._results[kind])
 
     async def get(self, worker: str, job_id: str) -> jobs_pb2.Job:
@@ -152,6 +161,35 @@ async def test_a_defect_fails_the_pipeline_without_telling_its_text(
     failure = sqlite.repository.get(name).pipeline.failure
     assert (failure.code, failure.reason) == (13, "INTERNAL")
     assert "evaluation" not in failure.message
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, CONTINUE),
+        (FailedPreconditionError("no GPU", reason="ENGINE_FOREIGN"), CONTINUE),
+        (InternalError("cuStreamSynchronize: 700"), CONTINUE),
+        (DataLossError("damaged"), FAILED),
+    ],
+)
+async def test_engines_are_measured_where_they_run(
+    sqlite: Database, driver: PipelineDriver, workers: PromptWorkers, error: GranqError | None, outcome: str
+) -> None:
+    made = spec()
+    made.engines.add(runtime=common_pb2.RUNTIME_TENSORRT_RTX, name="rtx-ada")
+    name = sqlite.repository.create(made, "", ME)[0].pipeline_id
+    workers._results["StartEvaluateRequest"].evaluation.measurements.add(form=reports_pb2.MEASURED_FORM_ENGINE)
+    for stage in (Stage.STAGE_EXPORT, Stage.STAGE_BUILD_ENGINES):
+        assert await driver.run_stage(name, 1, stage) == CONTINUE
+    workers.engine_refusal = error
+    assert await driver.run_stage(name, 1, Stage.STAGE_EVALUATE) == outcome
+    assert sqlite.repository.open_jobs(name) == []
+    if outcome == FAILED:
+        return
+    found = sqlite.repository.get(name).pipeline.results.evaluation
+    engines = [row.target for row in found.measurements if row.target]
+    assert engines == ([] if error else ["rtx-ada"])
+    assert [(e.target, e.failure.reason) for e in found.unmeasured] == ([("rtx-ada", error.reason)] if error else [])
 
 
 async def test_each_target_gets_its_engine_its_reason_or_the_graph(

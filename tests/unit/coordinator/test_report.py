@@ -6,7 +6,7 @@ import zipfile
 import pytest
 from google.protobuf.json_format import ParseDict
 
-from granq.v1 import common_pb2, coordinator_pb2
+from granq.v1 import common_pb2, coordinator_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import NotFoundError
 from services.coordinator.bundle import build_report
@@ -95,6 +95,18 @@ def test_named_targets_are_named_in_files_and_report(store: ArtifactStore, pipel
         markdown = bundle.read("report.md").decode()
     assert "| rtx-ada | tensorrt_rtx 1.7" in markdown
     assert "| cpu | none needed: ONNX Runtime loads model_ort.onnx |" in markdown
+
+
+def test_engines_are_told_with_their_batches_or_why_not(pipeline: coordinator_pb2.Pipeline) -> None:
+    evaluation = pipeline.results.evaluation
+    row = evaluation.measurements.add(form=reports_pb2.MEASURED_FORM_ENGINE, target="rtx-ada")
+    row.batches.add(batch=8, agreement=100, largest_difference=0.5, latency_ms_mean=2, latency_ms_p50=1.5)
+    row.batches[0].images_per_second = 4000
+    evaluation.unmeasured.add(target="l4", failure=common_pb2.Failure(message="it needs | a GPU"))
+    markdown = report_markdown(pipeline, []).decode()
+    assert "| Engine on a GPU, rtx-ada |" in markdown
+    assert "| rtx-ada | 8 | 2.000 | 1.500 | 0.000 | 4,000 | 100.00 | 0.5 |" in markdown
+    assert "- Engine l4 was not run: it needs \\| a GPU" in markdown
 
 
 def test_names_from_users_cannot_break_the_table(pipeline: coordinator_pb2.Pipeline) -> None:

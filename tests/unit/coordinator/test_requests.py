@@ -98,6 +98,32 @@ def test_engines_are_built_from_the_trt_graph_one_per_target() -> None:
     assert [call.label for call in calls] == ["engine 1 of 4", "engine 2 of 4", "rtx-ada, engine 4 of 4"]
 
 
+def test_engines_that_were_built_are_measured_each_by_itself() -> None:
+    pipeline = _pipeline()
+    for name in ("", "jetson-orin-nano", "rtx-ada"):
+        pipeline.results.engines.add(target=common_pb2.EngineTarget(name=name))
+    pipeline.results.engines[0].engine.manifest.runtime = common_pb2.RUNTIME_TENSORRT
+    pipeline.results.engines[1].failure.reason = "TARGET_ELSEWHERE"
+    pipeline.results.engines[2].engine.manifest.runtime = common_pb2.RUNTIME_TENSORRT_RTX
+    calls = stage_calls(Stage.STAGE_EVALUATE, pipeline)
+    assert [(call.label, call.engine) for call in calls] == [
+        ("graphs", ""),
+        ("engine 1", "1"),
+        ("engine rtx-ada", "rtx-ada"),
+    ]
+    graphs, first, second = (call.request for call in calls)
+    assert isinstance(graphs, evaluator_pb2.StartEvaluateRequest)
+    assert isinstance(first, evaluator_pb2.StartEvaluateRequest)
+    assert isinstance(second, evaluator_pb2.StartEvaluateRequest)
+    assert (graphs.HasField("engine"), graphs.onnx_ort) == (False, artifact("e"))
+    for request, number in ((first, 0), (second, 2)):
+        assert request.engine == pipeline.results.engines[number].engine.manifest
+        assert (request.onnx_float, request.onnx_trt) == (artifact("f"), artifact("d"))
+        assert not request.HasField("onnx_ort")
+        assert request.WhichOneof("data") == "synthetic_set"
+    assert len({call.job_id for call in calls}) == 3
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("simulated", [False, True])
 def test_evaluation_asks_whom_it_must(labelled: bool, simulated: bool) -> None:
