@@ -11,8 +11,10 @@ import torch
 import typer
 
 from benchmarks.accuracy.ablation import ablation
-from benchmarks.accuracy.bench import Bench
+from benchmarks.accuracy.agreement import agreement
+from benchmarks.accuracy.bench import Bench, load
 from benchmarks.accuracy.deployable import deployable
+from benchmarks.accuracy.photographs import crops
 from benchmarks.accuracy.reproduce import SETTINGS, reproduce
 from granq.v1 import common_pb2
 
@@ -30,6 +32,10 @@ Threads = Annotated[int, typer.Option(help="CPU threads.")]
 Out = Annotated[Path | None, typer.Option(help="Markdown file to write, after each row.")]
 
 _EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist" / "resnet20.pt2"
+
+
+def _pairs(bits: list[str]) -> list[tuple[int, int]]:
+    return [(int(weight), int(activation)) for weight, activation in (pair.split("/") for pair in bits)]
 
 
 def _open(
@@ -68,11 +74,40 @@ def deployable_command(
     """Accuracy of the exported graph."""
     if threads:
         torch.set_num_threads(threads)
-    pairs = [(int(w), int(a)) for w, a in (pair.split("/") for pair in bits or ["8/8", "4/8", "4/4", "3/3", "2/8"])]
+    pairs = _pairs(bits or ["8/8", "4/8", "4/4", "3/3", "2/8"])
     with TemporaryDirectory() as folder:
         bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
         numbers = [int(seed) for seed in seeds.split(",")]
         deployable(bench, pairs, numbers, synthesis_iterations, images, iterations, batch, out)
+
+
+@app.command("agreement")
+def agreement_command(
+    model: Annotated[Path, typer.Option(help="A .pt2 program of RGB images.")],
+    images: Annotated[Path, typer.Option(help="Folder of photographs.")],
+    crop_count: Annotated[int, typer.Option("--crops", help="Crops in all.")] = 1024,
+    crop_seed: Annotated[int, typer.Option(help="Of their places.")] = 0,
+    bits: Annotated[list[str] | None, typer.Option(help="W/A, repeatable.")] = None,
+    seeds: Seeds = "0",
+    synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 200,
+    synthetic_images: Annotated[int, typer.Option(help="Drawn after them.")] = 512,
+    iterations: Annotated[int, typer.Option(help="Training iterations; 0 leaves training out.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images in a generator step and in an iteration.")] = 16,
+    mean: Mean = 0.5,
+    std: Std = 0.5,
+    threads: Threads = 0,
+    out: Out = None,
+) -> None:
+    """Agreement with the float model on photographs, where there are no labels."""
+    if threads:
+        torch.set_num_threads(threads)
+    with TemporaryDirectory() as folder:
+        loaded = load(model, Path(folder), common_pb2.Normalization(mean=[mean], std=[std]))
+        photographs, pictures = crops(images, crop_count, loaded.input_shape[1:], [mean], [std], crop_seed)
+        bench = Bench(loaded, photographs, torch.zeros(0, dtype=torch.int64), Path(folder))
+        numbers = [int(seed) for seed in seeds.split(",")]
+        pairs = _pairs(bits or ["8/8", "4/8"])
+        agreement(bench, pictures, pairs, numbers, synthesis_iterations, synthetic_images, iterations, batch, out)
 
 
 @app.command("ablation")

@@ -29,6 +29,7 @@ from services.quantizer.student import build_student, no_grad_copy, simulated_lo
 from services.quantizer.training import Trainer
 
 CPU = torch.device("cpu")
+ELEMENTS = 2**22  # of input in a batch of the exported graph, whose runtime keeps many activations in memory
 FORMS = {"trt": reports_pb2.MEASURED_FORM_ONNX_TRT, "ort": reports_pb2.MEASURED_FORM_ONNX_ORT}
 
 
@@ -57,6 +58,12 @@ class JointSource:
         """Hold nothing."""
 
 
+def load(source: Path, folder: Path, normalization: common_pb2.Normalization | None) -> LoadedModel:
+    """Load a .pt2; ``normalization``, where given, tells the model what black and white are."""
+    store = ArtifactStore((folder / "store").as_uri())
+    return load_model(common_pb2.ModelSource(artifact=store.put_file(source), normalization=normalization), store)
+
+
 @dataclass
 class Bench:
     """A model and the labelled images that it is measured on.
@@ -75,14 +82,11 @@ class Bench:
     @classmethod
     def open(cls, source: Path, dataset: common_pb2.Dataset, root: Path, folder: Path, *, bounded: bool) -> "Bench":
         """Load a .pt2 and a labelled set; ``bounded`` tells the model what black and white are."""
-        store = ArtifactStore((folder / "store").as_uri())
-        message = common_pb2.ModelSource(artifact=store.put_file(source))
-        if bounded:
-            given = dataset.preprocessing
-            message.normalization.CopyFrom(common_pb2.Normalization(mean=given.mean, std=given.std))
-        parts = list(open_dataset(dataset, root, store).images(256))
+        given = dataset.preprocessing
+        model = load(source, folder, common_pb2.Normalization(mean=given.mean, std=given.std) if bounded else None)
+        parts = list(open_dataset(dataset, root, ArtifactStore((folder / "store").as_uri())).images(256))
         images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-        return cls(load_model(message, store), images, labels, folder)
+        return cls(model, images, labels, folder)
 
     @cached_property
     def teacher(self) -> fx.GraphModule:
@@ -112,7 +116,8 @@ class Bench:
         path = self.folder / f"{form}.onnx"
         save(proto if form == "trt" else to_onnx_runtime(proto), path)
         model = OnnxModel(load_graph(path, "onnx"), FORMS[form], torch.get_num_threads(), "onnx")
-        return torch.cat([torch.from_numpy(model.run(part.numpy())) for part in self.images.split(256)])
+        batch = max(1, min(256, ELEMENTS // self.images[0].numel()))
+        return torch.cat([torch.from_numpy(model.run(part.numpy())) for part in self.images.split(batch)])
 
     def synthesizer(self, batch_size: int, seed: int, *, bounded: bool = True) -> Synthesizer:
         """Return a fresh generator."""

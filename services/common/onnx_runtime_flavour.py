@@ -26,6 +26,7 @@ _REARRANGEMENTS = frozenset(
         "Gather",
         "Identity",
         "MaxPool",
+        "Pad",
         "Reshape",
         "Slice",
         "Split",
@@ -155,6 +156,8 @@ def _rewrite_rearrangement(rewriter: _Rewriter, node: NodeProto) -> None:
     moved.name = f"{node.name}_codes"
     zero_point = next(rewriter.codes[name].zero_point for name in node.input if name in rewriter.codes)
     moved.input[:] = [rewriter.codes[name].unsigned if name in rewriter.codes else name for name in node.input]
+    if node.op_type == "Pad":
+        moved.input[2] = zero_point  # code 0, as unsigned byte; the quantizer pads codes with nothing else
     moved.output[:] = [f"{name}_codes" for name in node.output]
     rewriter.nodes.append(moved)
     for name, unsigned in zip(node.output, moved.output, strict=True):

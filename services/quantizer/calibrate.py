@@ -9,6 +9,9 @@ real signals off. The image itself starts at the larger of black and white, or a
 are not known, since a white pixel of real data often lies beyond the generator's extremes. Weights of four bits and
 more start at their largest magnitude too; below, the few levels are better spent on the clip of least mean squared
 error.
+
+Rounding a weight shifts a layer's output where its input has a mean, as it has behind a ReLU. The shift is known, as
+the mean is (from BatchNorm layers, or else from the synthetic images), and the bias takes it back (Nagel et al. 2019).
 """
 
 import math
@@ -65,11 +68,30 @@ def _set_weight_step(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
     step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
     layer.log_step.data.copy_(torch.where(step > 0, step, 1.0).log())
+    _correct_bias(layer, args[0])
+
+
+def _correct_bias(layer: QuantizedLayer, codes: Tensor) -> None:
+    """Take back what the rounding of the weights adds to the layer's mean output."""
+    quantizer = layer.quantizer
+    if quantizer.mean is None:
+        mean = codes.mean(tuple(d for d in range(codes.dim()) if d != 1))
+    else:
+        codes_of_mean = quantizer.mean.to(codes.device) / quantizer.scale()
+        mean = codes_of_mean.clamp(quantizer.code_range.lo, quantizer.code_range.hi)
+    step = layer.log_step.exp().view(-1, *[1] * (layer.weight.dim() - 1))
+    error = layer.folded_weight() - layer.weight_codes() * step
+    layer.bias.data.add_((error * layer.by_input(mean)).flatten(1).sum(1))
 
 
 @torch.no_grad()
 def calibrate(student: nn.Module, images: Tensor) -> None:
-    """Set all scales of a deployable student in place from images N×C×H×W float32 (N ≥ 1; the first 512 at most)."""
+    """Set all scales, and correct the biases, of a deployable student in place; once, since biases would shift again.
+
+    Args:
+        student: As ``build_student`` returns it.
+        images: N×C×H×W float32, N ≥ 1; the first 512 are used at most.
+    """
     count = max(1, min(len(images), 512, ELEMENTS // max(1, images[0].numel())))
     hooks = []
     for module in student.modules():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 LAYER_TYPES = (nn.Conv2d, nn.Linear)
 BATCH_NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -54,8 +55,13 @@ def comes_from_image(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def rearranges(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` does nothing but move values: then it can move their codes instead.
 
-    A pooling by maximum behind a concatenation counts too, because it takes the same values from codes.
+    A pooling by maximum behind a concatenation counts too, because it takes the same values from codes, and so does a
+    padding with zeros, whose codes are 0.
     """
+    if node.target is F.pad:
+        around: Any = node.args[1]
+        rank = len(node.meta["tensor_meta"].shape)
+        return rank == 4 and len(around) <= 4 and min(around) >= 0 and tuple(node.args[2:]) == ("constant", 0.0)
     if node.op == "call_function":
         return node.target in _REARRANGEMENTS
     module = module_of(graph_module, node)

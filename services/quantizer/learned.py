@@ -102,6 +102,10 @@ class CodeSource(Protocol):
     def bits(self) -> int:
         """Width of the codes."""
 
+    @property
+    def mean(self) -> Tensor | None:
+        """Mean value of each channel over the training data, C, where it is known."""
+
     def scale(self) -> Tensor:
         """Return what one unit of each channel's codes is worth, C, without a gradient."""
 
@@ -111,7 +115,8 @@ class ActivationQuantizer(nn.Module):
 
     ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
     or below ceiling/hi, so that clipping the codes also does the clipping of the activation. ``reach`` is the magnitude
-    (C) that the model's own statistics promise, or None where they say nothing; calibration looks at it.
+    (C) that the model's own statistics promise, and ``mean`` (C) the mean, or None where they say nothing; calibration
+    looks at them.
     """
 
     log_scale: nn.Parameter
@@ -123,9 +128,11 @@ class ActivationQuantizer(nn.Module):
         bits: int,
         ceiling: float | None = None,
         reach: Tensor | None = None,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.reach = reach
+        self.mean = mean
         self.code_range = code_range
         self.bits = bits
         self.ceiling = ceiling
@@ -176,8 +183,12 @@ class QuantizedLayer(nn.Module, ABC):
         return int(2 ** (self.bits.weight - 1) - 1)
 
     @abstractmethod
+    def by_input(self, values: Tensor) -> Tensor:
+        """Return a value for each channel of the layer's input, C, laid out to multiply the weight."""
+
     def input_scale(self) -> Tensor:
         """Return s of the layer's input laid out to multiply the weight."""
+        return self.by_input(self.quantizer.scale())
 
     def folded_weight(self) -> Tensor:
         """Return W' = W·s, shaped as the weight: what is quantized."""
@@ -210,11 +221,11 @@ class QuantizedConv2d(QuantizedLayer):
         super().__init__(conv.weight.detach().clone(), bias.to(conv.weight.device), quantizer, bits)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
 
-    def input_scale(self) -> Tensor:
-        """Return s[c] for each (o, i) of the weight, O×I/groups×1×1."""
+    def by_input(self, values: Tensor) -> Tensor:
+        """Return the value of channel c for each (o, i) of the weight, O×I/groups×1×1."""
         outputs, inputs = self.weight.shape[:2]
-        scale = self.quantizer.scale().view(self.groups, 1, inputs)
-        return scale.expand(self.groups, outputs // self.groups, inputs).reshape(outputs, inputs, 1, 1)
+        laid = values.view(self.groups, 1, inputs)
+        return laid.expand(self.groups, outputs // self.groups, inputs).reshape(outputs, inputs, 1, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the float output."""
@@ -229,9 +240,9 @@ class QuantizedLinear(QuantizedLayer):
         bias = linear.bias.detach().clone() if linear.bias is not None else torch.zeros(linear.out_features)
         super().__init__(linear.weight.detach().clone(), bias.to(linear.weight.device), quantizer, bits)
 
-    def input_scale(self) -> Tensor:
-        """Return s[f], 1×F."""
-        return self.quantizer.scale().view(1, -1)
+    def by_input(self, values: Tensor) -> Tensor:
+        """Return the values as a row, 1×F."""
+        return values.view(1, -1)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the float output."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from services.quantizer.codes import Dequantize, Rearranged
 from services.quantizer.graph import (
@@ -101,7 +102,8 @@ class CodePlacement:
             if self._pixel_range is not None:
                 promised = torch.maximum(self._pixel_range[0].abs(), self._pixel_range[1].abs())
         ceiling = ceiling_of(self._student, source)
-        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised)
+        mean = self._moments[source].mean if source in self._moments else None
+        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised, mean)
         name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in self._made) else "")
         self._made[source, bits] = insert_module(self._student, source, source, name, quantizer), quantizer
         return self._made[source, bits]
@@ -109,7 +111,7 @@ class CodePlacement:
     def _rearranged(self, source: fx.Node, bits: int) -> Rearranged | None:
         """Return the scales of the codes of a rearrangement, or None where the values must be quantized behind it."""
         origins = self._origins(source)
-        if any(node.op not in ("call_module", "call_function") for node in origins):
+        if any(node.op not in ("placeholder", "call_module", "call_function") for node in origins):
             return None
         if len({is_non_negative(self._student, node) for node in origins}) > 1:
             return None  # signed and unsigned codes of as many bits count differently
@@ -150,7 +152,8 @@ class CodePlacement:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
                 module = module_of(self._student, node)
                 call: Any = module if module is not None else node.target
-                values[node] = call(*args, **kwargs)
+                # Zeros around a channel are worth the same at every scale, so its own number may stand for them.
+                values[node] = _pad_with_itself(*args) if call is F.pad else call(*args, **kwargs)
             return values[node]
 
         result: Tensor = value(source)
@@ -177,6 +180,10 @@ class CodePlacement:
         self._student.graph.erase_node(node)
         for source in above:
             self._erase_unread(source)
+
+
+def _pad_with_itself(x: Any, around: Any, *_: Any) -> Tensor:
+    return F.pad(x, [*around, 0, 0][:4], mode="replicate")
 
 
 def pooling_windows(node: fx.Node, pool: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from services.quantizer.graph import BATCH_NORM_TYPES, input_of, module_of
+from services.quantizer.graph import BATCH_NORM_TYPES, ceiling_of, input_of, module_of
 
 
 class Moments(NamedTuple):
@@ -39,14 +39,22 @@ def _normal(mean: Tensor, variance: Tensor) -> Moments:
     return Moments(mean, variance, mean, variance)
 
 
-def _rectified(moments: Moments) -> Moments:
-    """Return the moments of max(0, z) with z normal."""
-    mean, std = moments.mean, moments.variance.clamp_min(1e-12).sqrt()
+def _above_zero(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the mean square of max(0, z) with z normal."""
     ratio = mean / std
     density = torch.exp(-0.5 * ratio**2) / math.sqrt(2 * math.pi)
     above = 0.5 * (1 + torch.erf(ratio / math.sqrt(2)))
-    first = mean * above + std * density
-    second = (mean**2 + std**2) * above + mean * std * density
+    return mean * above + std * density, (mean**2 + std**2) * above + mean * std * density
+
+
+def _rectified(moments: Moments, ceiling: float | None) -> Moments:
+    """Return the moments of max(0, z), or of what remains of it below a ceiling, with z normal."""
+    std = moments.variance.clamp_min(1e-12).sqrt()
+    first, second = _above_zero(moments.mean, std)
+    if ceiling is not None:
+        # min(r, c) = r − max(0, r − c), and its square is r² − (2c·max(0, r − c) + max(0, r − c)²).
+        cut, cut_square = _above_zero(moments.mean - ceiling, std)
+        first, second = first - cut, second - 2 * ceiling * cut - cut_square
     return Moments(first, (second - first**2).clamp_min(0), moments.tail_mean, moments.tail_variance)
 
 
@@ -69,7 +77,8 @@ def propagate(model: fx.GraphModule) -> dict[fx.Node, Moments]:
             moments = known.get(input_of(node))
             if moments is None or (isinstance(module, nn.Flatten) and _grows(node)):
                 continue
-            known[node] = _rectified(moments) if isinstance(module, (nn.ReLU, nn.ReLU6)) else moments
+            rectifies = isinstance(module, (nn.ReLU, nn.ReLU6))
+            known[node] = _rectified(moments, ceiling_of(model, node)) if rectifies else moments
     return known
 
 

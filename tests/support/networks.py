@@ -70,8 +70,17 @@ def vgg_bn() -> nn.Module:
     return nn.Sequential(features, *head, nn.Linear(32, CLASSES))
 
 
-def _unit(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Module:
-    padding = dilation * (kernel // 2)
+def _unit(
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    *,
+    padded: bool = True,
+) -> nn.Module:
+    padding = dilation * (kernel // 2) if padded else 0
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias=False), nn.BatchNorm2d(outputs)
     )
@@ -143,6 +152,28 @@ class PreActivation(nn.Module):
         return logits
 
 
+class SamePadding(nn.Module):
+    """TensorFlow's padding, as ports from there have it: zeros on one side more than on the other, before the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _unit(3, 16, stride=2, padded=False)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.depthwise = _unit(16, 16, stride=2, groups=16, padded=False)
+        self.project = _unit(16, 8, 1)
+        self.last = _unit(8, 16, padded=False)
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem(self.pad(x)))
+        x = F.relu6(self.depthwise(F.pad(x, (0, 1, 0, 1))))
+        x = self.project(x)
+        x = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1)  # signed codes in a padding that no layer absorbs
+        x = F.relu6(self.last(F.pad(x, [1, 1, 1, 1])))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     make.__name__: make
     for make in (
@@ -157,5 +188,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         Idioms,
         Branches,
         PreActivation,
+        SamePadding,
     )
 }

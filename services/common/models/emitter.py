@@ -4,7 +4,7 @@ import copy
 import operator
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import fx, nn
@@ -160,17 +160,31 @@ def conv2d(
 
 
 def padded_conv2d(emit: Emitter, x: fx.Node, module: nn.Conv2d, name: str) -> fx.Node:
-    """Append an nn.Conv2d whose padding is numbers and zeros; other paddings become a pad before it."""
+    """Append an nn.Conv2d whose padding is numbers and zeros; other paddings become a pad before it.
+
+    A pad with zeros that is there already, as for the "same" padding of other frameworks, joins the convolution's own.
+    """
     module = copy.deepcopy(module)
-    around: list[int] = module._reversed_padding_repeated_twice
+    around: list[int] = list(module._reversed_padding_repeated_twice)
+    if module.padding_mode == "zeros" and pads_with_zeros(x):
+        outer: Any = x.args[1]
+        x, around = cast("fx.Node", x.args[0]), [a + b for a, b in zip([*outer, 0, 0], around, strict=False)]
     symmetric = around[0] == around[1] and around[2] == around[3]
     if module.padding_mode != "zeros" or not symmetric:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = emit.call(F.pad, x, list(around), mode)
+        x = emit.call(F.pad, x, around, mode, *([0.0] if mode == "constant" else []))
         module.padding, module.padding_mode = (0, 0), "zeros"
     else:
         module.padding = (around[2], around[0])
     return emit.module(module, x, name=name)
+
+
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Whether a node of the new graph pads width, or height too, with zeros, and crops nothing."""
+    if node.target is not F.pad or tuple(node.args[2:]) != ("constant", 0.0):
+        return False
+    around: Any = node.args[1]
+    return len(around) in (2, 4) and min(around) >= 0
 
 
 def linear(emit: Emitter, x: fx.Node, weight: Constant, bias: Constant | None) -> fx.Node:

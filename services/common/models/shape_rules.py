@@ -147,6 +147,18 @@ def _cat(emit: Emitter, node: fx.Node, tensors: Any, dim: int = 0) -> Any:
     return emit.call(torch.cat, list(tensors), dim)
 
 
+@rule(F.pad, "pad", "constant_pad_nd")
+def _pad(emit: Emitter, node: fx.Node, x: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Any:
+    if not isinstance(mode, str):  # constant_pad_nd has no mode
+        mode, value = "constant", mode
+    return emit.call(F.pad, x, list(pad), mode, *([float(value or 0)] if mode == "constant" else []))
+
+
+@rule(modules=(nn.ZeroPad2d, nn.ConstantPad2d))
+def _pad_module(emit: Emitter, node: fx.Node, module: nn.ConstantPad2d, x: Any) -> Any:
+    return _pad(emit, node, x, module.padding, "constant", module.value)
+
+
 @rule(operator.getitem)
 def _getitem(emit: Emitter, node: fx.Node, value: Any, index: Any) -> Any:
     return value[index] if isinstance(value, (tuple, list)) else emit.call(operator.getitem, value, index)

@@ -49,7 +49,8 @@ FLOATS = {
     "vgg_bn": {},
     "Idioms": {"Affine": 1, "ReLU6": 1, "add": 1, "LeakyReLU": 1, "ReLU": 1, "cat": 1},
     "Branches": {"add": 1, "neg": 1, "cat": 1},
-    "PreActivation": {"sub": 1, "truediv": 1, "pad": 1, "Affine": 3, "add": 2},
+    "PreActivation": {"sub": 1, "truediv": 1, "Affine": 3, "add": 2},
+    "SamePadding": {},
 }
 
 
@@ -180,6 +181,18 @@ def test_codes_keep_their_scales_through_concatenation_split_and_shuffle() -> No
     assert all(carries_codes(integer, node) for node in moved)
     unfolded = [m for m in integer.modules() if isinstance(m, Codes) and m.inverse is not None]
     assert len(unfolded) == 1  # the image; every other scale sits in the layer that makes the values
+
+
+def test_padding_moves_codes_so_that_ceilings_and_statistics_before_it_count() -> None:
+    model = captured(NETWORKS["SamePadding"](), SHAPE)
+    student = build_student(model, Quantization(8, 4), (torch.full((3,), -1.0), torch.full((3,), 1.0)))
+    made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
+    assert not [name for name in made if "pad" in name]
+    assert all(m.reach is not None for name, m in made.items() if "pool" not in name)
+    assert [m.ceiling for m in made.values()].count(6.0) == 3
+    proto = export_trt(to_integer(student), SHAPE)
+    pads = [node for node in proto.graph.node if node.op_type == "Pad"]
+    assert len(pads) == 1, "before the pooling; convolutions take the others along"
 
 
 def test_signed_and_unsigned_branches_are_quantized_behind_their_concatenation() -> None:

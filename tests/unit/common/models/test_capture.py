@@ -1,6 +1,7 @@
 """The captured graph computes what the model computes, and has one form for each operation."""
 
 import operator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from services.common.errors import InvalidArgumentError
+from services.common.models.archive import Pt2Archive
+from services.common.models.canonical import canonicalize
 from services.common.models.capture import capture
+from services.common.models.exported import read_program
 from tests.support.models import settle
+from tests.support.pt2 import export
 
 MODULES = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid,
@@ -96,6 +101,40 @@ def test_idioms() -> None:
     assert kinds.count(nn.ReLU) == 3
     assert kinds.count(nn.ReLU6) == kinds.count(nn.AdaptiveAvgPool2d) == kinds.count(nn.Flatten) == 1
     assert nn.Dropout not in kinds
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.around = nn.ZeroPad2d(1)
+        self.ones = nn.ConstantPad2d(1, 1.0)
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=(0, 1)) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.convs[0](self.around(x))
+        x = self.convs[1](F.pad(x, (1, 1)))
+        x = self.convs[2](F.pad(x, (0, 1, 0, 1), value=0))
+        x = self.convs[3](self.ones(x))
+        x = self.convs[4](F.pad(x, (1, 1, 1, 1), mode="replicate"))
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_zeros_around_an_image_join_the_padding_of_the_convolution_where_both_sides_have_as_many(
+    exported: bool, tmp_path: Path
+) -> None:
+    model = Padded().eval()
+    graph = capture(model, (3, 12, 12))
+    if exported:
+        archive = export(model, (3, 12, 12), tmp_path / "padded.pt2")
+        graph = canonicalize(*read_program(Pt2Archive(archive)))
+    else:
+        check(graph, model, (3, 12, 12))
+    pads = [tuple(node.args[1:]) for node in graph.graph.nodes if node.target is F.pad]
+    assert pads[1:] == [([1, 1, 1, 1], "constant", 1.0), ([1, 1, 1, 1], "replicate")]
+    assert pads[0] == ([1, 2, 0, 1], "constant", 0.0)  # the convolution's own is in it
+    paddings = [m.padding for m in graph.modules() if isinstance(m, nn.Conv2d)]
+    assert paddings == [(1, 2), (0, 2), (0, 0), (0, 1), (0, 1)]
 
 
 class Branching(nn.Module):

@@ -1,0 +1,63 @@
+"""The deployable form of a model without a labelled test set: agreement with the float model on photographs."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from benchmarks.accuracy.bench import Bench
+from benchmarks.results_table import Table, spread
+from services.quantizer.config import Quantization, Training
+
+
+def sqnr(wanted: Tensor, given: Tensor) -> float:
+    """Return 10·log10(Σ wanted² / Σ (given − wanted)²) in decibel; infinite where the two are equal."""
+    noise = float((given - wanted).double().square().sum())
+    return 10 * math.log10(float(wanted.double().square().sum()) / noise) if noise else math.inf
+
+
+def agreement(
+    bench: Bench,
+    pictures: int,
+    bits: Sequence[tuple[int, int]],
+    seeds: Sequence[int],
+    synthesis_iterations: int,
+    images: int,
+    iterations: int,
+    batch: int,
+    out: Path | None,
+) -> None:
+    """Print and write the table; the float model's classes serve as labels. ``iterations`` 0 leaves training out."""
+    wanted = bench.teacher_logits
+    classes = len(wanted.argmax(1).unique())
+    confidence = float(wanted.softmax(1).amax(1).mean()) * 100
+    size = "×".join(map(str, bench.images.shape[2:]))
+    notes = [
+        f"Deployable family. {len(bench.images)} seeded crops of {pictures} photographs, resampled to {size}. No "
+        f"labels: the float model sees {classes} of {wanted.shape[1]} classes in them, with a mean "
+        f"confidence of {confidence:.1f} %.",
+        "Agreement: how often the exported file (`trt`, run by ONNX Runtime with optimizations off) chooses the float "
+        "model's class, in percent. SQNR: of its logits against the float model's, in decibel.",
+        f"{synthesis_iterations} generator steps of {batch}, {images} synthetic images, {iterations} training "
+        f"iterations of {batch}. Median (least–most) of seeds {', '.join(map(str, seeds))}.",
+    ]
+    columns = ["W/A", "agreement, calibrated", "SQNR", "agreement, trained", "SQNR"]
+    table = Table(out, "Agreement with the float model", columns, notes)
+    sets = {seed: bench.synthesize(synthesis_iterations, images, batch, seed) for seed in seeds}
+    for weight_bits, activation_bits in bits:
+        quantization = Quantization(weight_bits, activation_bits)
+        figures: list[list[float]] = [[], [], [], []]
+        for seed in seeds:
+            training = Training(
+                co_train=False, epochs=1, iterations_per_epoch=max(iterations, 1), batch_size=batch, seed=seed
+            )
+            student = bench.student(quantization, sets[seed].images)
+            measured = [bench.exported(student)]
+            if iterations:
+                bench.train(student, quantization, training, bench.replay(sets[seed], training))
+                measured.append(bench.exported(student))
+            for place, logits in enumerate(measured):
+                figures[2 * place].append(bench.agreement(logits))
+                figures[2 * place + 1].append(sqnr(wanted, logits))
+        table.add(f"{weight_bits}/{activation_bits}", *(spread(values) if values else "" for values in figures))
