@@ -57,7 +57,7 @@ def test_equals_the_definition(quantization: Quantization) -> None:
         total = 0.0
         for channel in range(t.shape[1]):
             deviation = max(abs(gamma[channel].item()), LEAST_GAMMA * gamma.detach().abs().mean().item())
-            total += float((s[:, channel] - t[:, channel]).double().square().mean()) / deviation**2
+            total += (s[:, channel] - t[:, channel]).detach().double().square().mean().item() / deviation**2
         terms.append(total / t.shape[1])
     loss = FeatureLoss(teacher, student)
     teacher(x)
