@@ -1,8 +1,9 @@
 """Where the accuracy of simulated quantization comes from: activations, weights, bits, and what is quantized at all.
 
-Every row is one student on the same synthetic set and the same training, of which it changes one thing at a time. So
-rows of one bit width may be subtracted: PER_KERNEL minus PER_OUTPUT_CHANNEL is what weights give that no engine can
-quantize so; PER_SAMPLE_CHANNEL minus PER_CHANNEL is what ranges of each sample give beyond static ones.
+The simulated rows have the same synthetic set and the same training, and differ in one thing at a time. So those of one
+bit width may be subtracted: PER_KERNEL minus PER_OUTPUT_CHANNEL is what weights give that no engine can
+quantize so; PER_SAMPLE_CHANNEL minus PER_CHANNEL is what ranges of each sample give beyond static ones. The last
+row of a width is the deployable form with its own defaults (rate, feature distillation), as the goal to compare with.
 """
 
 from collections.abc import Sequence
@@ -53,19 +54,12 @@ def ablation(
         for quantization in [*rows, Quantization(width, width)]:
             before, after = [], []
             for seed in seeds:
-                training = Training(
-                    co_train=False,
-                    epochs=1,
-                    iterations_per_epoch=max(iterations, 1),
-                    batch_size=batch,
-                    learning_rate=Training.learning_rate if quantization.deployable else 1e-4,
-                    seed=seed,
-                )
+                rate = Training.learning_rate if quantization.deployable else 1e-4
                 measure = bench.exported if quantization.deployable else bench.simulated
                 student = bench.student(quantization, sets[seed].images)
                 before.append(bench.top1(measure(student)))
                 if iterations:
-                    bench.train(student, quantization, training, bench.replay(sets[seed], training))
+                    bench.replay(student, quantization, sets[seed], iterations, batch, seed, rate)
                     after.append(bench.top1(measure(student)))
             table.add(
                 f"{width}/{width}",

@@ -1,20 +1,12 @@
 """The deployable form of a model without a labelled test set: agreement with the float model on photographs."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from benchmarks.accuracy.bench import Bench
 from benchmarks.results_table import Table, spread
-from services.quantizer.config import Quantization, Training
-
-
-def sqnr(wanted: Tensor, given: Tensor) -> float:
-    """Return 10·log10(Σ wanted² / Σ (given − wanted)²) in decibel; infinite where the two are equal."""
-    noise = float((given - wanted).double().square().sum())
-    return 10 * math.log10(float(wanted.double().square().sum()) / noise) if noise else math.inf
+from services.evaluator.accuracy import AccuracyMeter
+from services.quantizer.config import Quantization
 
 
 def agreement(
@@ -49,15 +41,14 @@ def agreement(
         quantization = Quantization(weight_bits, activation_bits)
         figures: list[list[float]] = [[], [], [], []]
         for seed in seeds:
-            training = Training(
-                co_train=False, epochs=1, iterations_per_epoch=max(iterations, 1), batch_size=batch, seed=seed
-            )
             student = bench.student(quantization, sets[seed].images)
             measured = [bench.exported(student)]
             if iterations:
-                bench.train(student, quantization, training, bench.replay(sets[seed], training))
+                bench.replay(student, quantization, sets[seed], iterations, batch, seed)
                 measured.append(bench.exported(student))
             for place, logits in enumerate(measured):
-                figures[2 * place].append(bench.agreement(logits))
-                figures[2 * place + 1].append(sqnr(wanted, logits))
+                meter = AccuracyMeter()
+                meter.update(logits.numpy(), reference=wanted.numpy())
+                figures[2 * place].append(meter.result().agreement)
+                figures[2 * place + 1].append(meter.result().sqnr_db)
         table.add(f"{weight_bits}/{activation_bits}", *(spread(values) if values else "" for values in figures))

@@ -25,7 +25,7 @@ from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.integer import to_integer
 from services.quantizer.onnx_export import export_trt, save
-from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
+from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking, tracking_paused
 from services.quantizer.training import Trainer
 
 CPU = torch.device("cpu")
@@ -108,7 +108,8 @@ class Bench:
 
     def simulated(self, student: fx.GraphModule) -> Tensor:
         """Return the fake-quantized student's logits of all images (not an engine's)."""
-        return simulated_logits(student, self.images)
+        with tracking_paused(student):  # these images are the test
+            return simulated_logits(student, self.images)
 
     def exported(self, student: fx.GraphModule, form: str = "trt") -> Tensor:
         """Export a deployable student, run the file with ONNX Runtime, and return its logits of all images."""
@@ -164,6 +165,25 @@ class Bench:
         stop_tracking(student)
         return time.monotonic() - begin
 
-    def replay(self, data: Batch, training: Training) -> ReplaySource:
-        """Return a source of the set's images."""
-        return ReplaySource(data, training.batch_size, training.seed, CPU)
+    def replay(
+        self,
+        student: fx.GraphModule,
+        quantization: Quantization,
+        data: Batch,
+        iterations: int,
+        batch: int,
+        seed: int,
+        learning_rate: float = Training.learning_rate,
+    ) -> None:
+        """Train a student in place on a set, the rate falling as a cosine; 0 iterations leave it as it is."""
+        if not iterations:
+            return
+        training = Training(
+            co_train=False,
+            epochs=1,
+            iterations_per_epoch=iterations,
+            batch_size=batch,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+        self.train(student, quantization, training, ReplaySource(data, batch, seed, CPU))

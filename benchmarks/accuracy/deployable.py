@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.bench import Bench
 from benchmarks.results_table import Table, spread
-from services.quantizer.config import Quantization, Training
+from services.quantizer.config import Quantization
 
 
 def deployable(
@@ -33,13 +33,9 @@ def deployable(
         quantization = Quantization(weight_bits, activation_bits)
         before, exported, simulated, agreement = [], [], [], []
         for seed in seeds:
-            training = Training(
-                co_train=False, epochs=1, iterations_per_epoch=max(iterations, 1), batch_size=batch, seed=seed
-            )
             student = bench.student(quantization, sets[seed].images)
             before.append(bench.top1(bench.exported(student)))
-            if iterations:
-                bench.train(student, quantization, training, bench.replay(sets[seed], training))
+            bench.replay(student, quantization, sets[seed], iterations, batch, seed)
             logits = bench.exported(student)
             exported.append(bench.top1(logits))
             agreement.append(bench.agreement(logits))

@@ -19,8 +19,10 @@ from torch import Tensor, fx, nn
 
 from services.quantizer.curve import LossCurve
 from services.quantizer.fake_quant import DynamicActivation, group_range, weight_dims
+from services.quantizer.features import keep_output
 from services.quantizer.graph import BATCH_NORM_TYPES, input_of, layers, module_of
 from services.quantizer.learned import QuantizedLayer
+from services.quantizer.student import tracking_paused
 from services.quantizer.training import Trainer
 
 VERSION = 1
@@ -51,7 +53,7 @@ def measure(teacher: fx.GraphModule, student: fx.GraphModule, images: Tensor, on
     with (
         _outputs(teacher, [taught for taught, _ in points.values()]) as taught_outputs,
         _outputs(student, [learned for _, learned in points.values()]) as learned_outputs,
-        _frozen(student),
+        tracking_paused(student),
     ):
         for batch in images[:IMAGES].split(size):
             on_batch()
@@ -88,31 +90,12 @@ def _outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     """Keep the outputs of the named modules for the length of the block."""
     kept: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            kept[name] = output
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(keep_output(kept, name)) for name in names]
     try:
         yield kept
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _frozen(student: nn.Module) -> Iterator[None]:
-    """Keep moving ranges from following the images, which must train nothing."""
-    moving = [module for module in student.modules() if isinstance(module, DynamicActivation) and module.tracking]
-    for module in moving:
-        module.tracking = False
-    try:
-        yield
-    finally:
-        for module in moving:
-            module.tracking = True
 
 
 def _ranges(student: fx.GraphModule, of: fx.Node) -> dict[str, Any]:
@@ -163,13 +146,13 @@ def _decibel(signal: float, noise: float) -> float | None:
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
-def summary(trainer: Trainer, images: int, before: Layers | None, after: Layers, generator: bool) -> dict[str, Any]:
+def summary(trainer: Trainer, images: int, before: Layers, after: Layers, generator: bool) -> dict[str, Any]:
     """Return all that is known of a training, for a JSON file.
 
     Args:
         trainer: At its end.
         images: How many were held out; the first 64 were measured on.
-        before: What ``measure`` found before the first iteration; None where that is lost.
+        before: What ``measure`` found before the first iteration.
         after: What it found at the end.
         generator: Whether a generator learned along, so that there is a loss of it.
     """
@@ -179,8 +162,7 @@ def summary(trainer: Trainer, images: int, before: Layers | None, after: Layers,
         "version": VERSION,
         "images": min(images, IMAGES),
         "layers": [
-            {"name": name, **formats[name], "before": before.get(name) if before else None, "after": figures}
-            for name, figures in after.items()
+            {"name": name, **formats[name], "before": before[name], "after": figures} for name, figures in after.items()
         ],
         "curve": _curve(trainer, trainer.curve, generator),
     }

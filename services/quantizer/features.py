@@ -42,8 +42,8 @@ class FeatureLoss:
             counterpart = kept[name if name in kept else str(input_of(node).target)]
             gamma = norm.weight.detach().abs() if norm.weight is not None else norm.running_mean.new_ones(())
             self._deviations[name] = gamma.clamp_min(LEAST_GAMMA * float(gamma.mean()))
-            norm.register_forward_hook(_keep(self._taught, name))
-            counterpart.register_forward_hook(_keep(self._learned, name))
+            norm.register_forward_hook(keep_output(self._taught, name))
+            counterpart.register_forward_hook(keep_output(self._learned, name))
 
     def __call__(self) -> Tensor:
         """Return L_F of the last run of both, a scalar, differentiable in the student's parameters."""
@@ -56,7 +56,9 @@ class FeatureLoss:
         return total / len(terms)
 
 
-def _keep(where: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def keep_output(where: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Return a forward hook that keeps a module's last output under ``name``."""
+
     def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         where[name] = output
 

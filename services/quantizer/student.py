@@ -10,6 +10,8 @@ Two families, never mixed (see ``config.Quantization.deployable``):
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -194,6 +196,19 @@ def stop_tracking(student: nn.Module) -> None:
     for module in student.modules():
         if isinstance(module, DynamicActivation):
             module.tracking = False
+
+
+@contextmanager
+def tracking_paused(student: nn.Module) -> Iterator[None]:
+    """Keep moving ranges from following what the student is measured on, for the length of the block."""
+    moving = [module for module in student.modules() if isinstance(module, DynamicActivation) and module.tracking]
+    for module in moving:
+        module.tracking = False
+    try:
+        yield
+    finally:
+        for module in moving:
+            module.tracking = True
 
 
 def trainable(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
