@@ -5,31 +5,18 @@ left to whoever uses it. Ranges are the server's to check. Two families are ship
 on integer engines; "simulated" repeats published figures, which no engine does. Reading needs PyYAML (extra "cli").
 """
 
-import difflib
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from granq import documents
 from granq.v1 import coordinator_pb2
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-SUFFIXES = (".yaml", ".yml")
-
 
 def names() -> list[str]:
     """Return the shipped recipes, such as "deployable/default"."""
-    found: list[str] = []
-    pending = [(files(__name__), "")]
-    while pending:
-        folder, path = pending.pop()
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                pending.append((entry, f"{path}{entry.name}/"))
-            elif entry.name.endswith(SUFFIXES[0]):
-                found.append(f"{path}{entry.name.removesuffix(SUFFIXES[0])}")
-    return sorted(found)
+    return documents.names(__name__)
 
 
 def read(name: str) -> str:
@@ -39,17 +26,7 @@ def read(name: str) -> str:
         ValueError: No recipe of that name is shipped, or the file is not UTF-8.
         OSError: The file cannot be read.
     """
-    if name.endswith(SUFFIXES):
-        return Path(name).read_text("utf-8")
-    known = names()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 3, 0.4)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"no recipe {name!r} ('granq recipes list' shows them; a file ends with .yaml){hint}")
-    entry = files(__name__)
-    for part in f"{name}{SUFFIXES[0]}".split("/"):
-        entry = entry / part
-    return entry.read_text("utf-8")
+    return documents.read(__name__, "recipe", name, names())
 
 
 def summary(text: str) -> str:

@@ -1,88 +1,17 @@
-"""From a YAML text to the contract's message."""
-
-from typing import Any
+"""From a YAML text to the settings of a pipeline."""
 
 import yaml
-from google.protobuf.json_format import ParseDict, ParseError
-from google.protobuf.message import Message
 
+from granq.messages import compose, not_yaml
 from granq.v1 import coordinator_pb2
 
 
 def read_spec(text: str, origin: str) -> coordinator_pb2.PipelineSpec:
     """Return the settings that ``text`` holds; as :func:`granq.recipes.parse`."""
     spec = coordinator_pb2.PipelineSpec()
+    reader, root = compose(text, origin, "recipe")
     try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        if root is None:
-            raise ValueError(f"{origin}: the recipe is empty")
-        MessageReader(loader, origin).fill(spec, root, "")
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{origin}: not a YAML document: {' '.join(str(error).split())}") from error
+        reader.fill(spec, root, "")
+    except (yaml.YAMLError, RecursionError) as error:  # of a value: they are read when their field's turn comes
+        raise not_yaml(origin, error) from error
     return spec
-
-
-class MessageReader:
-    """Goes through a YAML document beside the message that it describes, so that errors can name the line.
-
-    Args:
-        loader: What composed the document.
-        origin: Its name, for errors.
-    """
-
-    def __init__(self, loader: yaml.SafeLoader, origin: str) -> None:
-        self._loader = loader
-        self._origin = origin
-
-    def fill(self, message: Message, node: yaml.Node, path: str) -> None:
-        """Set the fields of ``message`` from a mapping; ``path`` leads to it.
-
-        Raises:
-            ValueError: An unknown or repeated field, or a value of a wrong kind.
-        """
-        if not isinstance(node, yaml.MappingNode):
-            raise self.error(node, path, "must be a mapping of fields")
-        fields = message.DESCRIPTOR.fields_by_name
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = str(key.value) if isinstance(key, yaml.ScalarNode) else "(no text)"
-            place = f"{path}.{name}" if path else name
-            if place == "model":
-                raise self.error(key, place, "a recipe has no model; it is named where the recipe is used")
-            if name not in fields:
-                known = ", ".join(field for field in fields if path or field != "model")
-                raise self.error(key, place, f"no such field; {message.DESCRIPTOR.name} has {known}")
-            if name in seen:
-                raise self.error(key, place, "given twice")
-            seen.add(name)
-            self._set(message, fields[name], value, place)
-
-    def _set(self, message: Message, field: Any, node: yaml.Node, place: str) -> None:
-        if field.message_type is None:
-            self._set_plain(message, field, node, place)
-        elif field.is_repeated:
-            if not isinstance(node, yaml.SequenceNode):
-                raise self.error(node, place, "must be a list")
-            for index, item in enumerate(node.value):
-                self.fill(getattr(message, field.name).add(), item, f"{place}[{index}]")
-        else:
-            part: Message = getattr(message, field.name)
-            part.SetInParent()
-            self.fill(part, node, place)
-
-    def _set_plain(self, message: Message, field: Any, node: yaml.Node, place: str) -> None:
-        value: Any = self._loader.construct_object(node, deep=True)
-        try:
-            if value is None:
-                raise ValueError("has no value")
-            ParseDict({field.name: value}, message)
-        except (ParseError, TypeError, ValueError) as error:
-            text = str(error).removeprefix(f"Failed to parse {field.name} field: ").rstrip(".")
-            # The parser saw this one field of the message, and names it less well.
-            raise self.error(node, place, text.removesuffix(f" at {message.DESCRIPTOR.name}.{field.name}")) from error
-
-    def error(self, node: yaml.Node, place: str, what: str) -> ValueError:
-        """Return an error that names file, line and field."""
-        line = node.start_mark.line + 1
-        return ValueError(f"{self._origin}:{line}: {place or 'the recipe'}: {what}")

@@ -4,15 +4,11 @@ A target has a ``title``, an ``engine`` with the fields of granq.v1.EngineTarget
 for people. Shipped are common devices; a file of one's own does as well. Reading needs PyYAML (extra "cli").
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 
+from granq import documents
 from granq.v1 import common_pb2
-
-SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,7 @@ class Target:
 
 def names() -> list[str]:
     """Return the shipped targets, such as "jetson-orin-nano"."""
-    found = (entry.name for entry in files(__name__).iterdir())
-    return sorted(name.removesuffix(SUFFIXES[0]) for name in found if name.endswith(SUFFIXES[0]))
+    return documents.names(__name__)
 
 
 def read(name: str) -> str:
@@ -45,14 +40,7 @@ def read(name: str) -> str:
         ValueError: No target of that name is shipped, or the file is not UTF-8.
         OSError: The file cannot be read.
     """
-    if name.endswith(SUFFIXES):
-        return Path(name).read_text("utf-8")
-    known = names()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 3, 0.4)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"no target {name!r} ('granq targets list' shows them; a file ends with .yaml){hint}")
-    return files(__name__).joinpath(f"{name}{SUFFIXES[0]}").read_text("utf-8")
+    return documents.read(__name__, "target", name, names())
 
 
 def load(name: str) -> Target:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from granq.recipes.reading import MessageReader
+from granq.messages import MessageReader, compose, not_yaml
 from granq.targets import Target
 from granq.v1 import common_pb2
 
@@ -13,20 +13,16 @@ _FIELDS = ("title", "engine", "notes")
 
 def read_target(text: str, origin: str) -> Target:
     """Return the target that ``text`` holds; as :func:`granq.targets.parse`."""
-    try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{origin}: not a YAML document: {' '.join(str(error).split())}") from error
-    if root is None:
-        raise ValueError(f"{origin}: the target is empty")
-    reader = MessageReader(loader, origin)
+    reader, root = compose(text, origin, "target")
     parts = _parts(reader, root)
     for name in ("title", "engine"):
         if name not in parts:
             raise ValueError(f"{origin}: {name}: is missing")
     engine = common_pb2.EngineTarget()
-    reader.fill(engine, parts["engine"], "engine")
+    try:
+        reader.fill(engine, parts["engine"], "engine")
+    except (yaml.YAMLError, RecursionError) as error:  # of a value: they are read when their field's turn comes
+        raise not_yaml(origin, error) from error
     if engine.runtime == common_pb2.RUNTIME_UNSPECIFIED:
         raise reader.error(parts["engine"], "engine.runtime", "is missing")
     engine.name = engine.name or Path(origin).stem
