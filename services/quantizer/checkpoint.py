@@ -52,19 +52,17 @@ class Checkpoint:
         iteration: Finished iterations.
         generator: Digest of the generator's state, or "".
         seconds: Time spent.
-        before: What ``diagnostics.measure`` found before the training; None in a checkpoint of an earlier version.
+        before: What ``diagnostics.measure`` found before the training.
     """
 
     tensors: dict[str, Tensor]
     iteration: int
     generator: str
     seconds: float
-    before: Layers | None
+    before: Layers
 
 
-def save_checkpoint(
-    store: ArtifactStore, trainer: Trainer, seconds: float, before: Layers | None
-) -> artifacts_pb2.Artifact:
+def save_checkpoint(store: ArtifactStore, trainer: Trainer, seconds: float, before: Layers) -> artifacts_pb2.Artifact:
     """Store all that training goes on from, the generator's state included by its digest."""
     metadata = {
         "iteration": str(trainer.iteration),
@@ -84,7 +82,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         int(metadata["iteration"]),
         metadata["generator"],
         float(metadata["seconds"]),
-        json.loads(metadata.get("before", "null")),
+        json.loads(metadata["before"]),
     )
 
 

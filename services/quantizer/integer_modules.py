@@ -36,10 +36,6 @@ def _(codes: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def _per_channel(values: Tensor, rank: int) -> Tensor:
-    return values.reshape(1, -1, *[1] * (rank - 2))
-
-
 class Codes(nn.Module):
     """Float N×C×… → codes. ``inverse`` (C×…) multiplies first, unless the producer has it folded in."""
 

@@ -136,9 +136,7 @@ def _open_source(
     return CoTrainSource(context.settings.generator_address, message, device)
 
 
-def _train(
-    trainer: Trainer, context: JobContext, seconds: Callable[[], float], before: diagnostics.Layers | None
-) -> None:
+def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float], before: diagnostics.Layers) -> None:
     total = trainer.training.iterations
 
     def report(progress: Progress) -> None:

@@ -111,10 +111,8 @@ class Trainer:
             self.source.answer(self.iteration, by_images, by_teacher)
         loss = student_loss(batch.logits.detach(), student, self.training.temperature)
         if learns:
-            objective = loss
-            if self._features is not None and self.training.feature_weight is not None:
-                objective = loss + self.training.feature_weight * self._features()
-            self._learn(objective)
+            weight = self.training.feature_weight or 0.0
+            self._learn(loss if self._features is None else loss + weight * self._features())
         self.iteration += 1
         least = -(self.training.temperature**2) * math.log(student.shape[1])
         return loss.detach() - least, generator.detach()
@@ -176,8 +174,7 @@ class Trainer:
         if self._scales is not None:
             _load_optimizer(self._scales, _under(tensors, "scales."))
         self._epoch = tensors["epoch"].clone()
-        if "curve" in tensors:  # checkpoints of earlier versions have none
-            self.curve.load_state(tensors["curve"])
+        self.curve.load_state(tensors["curve"])
         self.iteration = iteration
         if iteration > self.training.warmup_iterations:
             stop_tracking(self.student)
