@@ -1,5 +1,6 @@
 """Whole pipelines through four real servers and the public client: success, a killed worker, cancellation, refusals."""
 
+import copy
 import dataclasses
 import importlib.util
 import time
@@ -123,8 +124,7 @@ def succeeded(deployment: Deployment, pipeline_id: str, events: list[Event]) -> 
 @pytest.fixture(scope="module")
 def undisturbed(deployment: Deployment) -> Run:
     """A pipeline that nothing happened to, with an engine."""
-    spec = coordinator_pb2.PipelineSpec()
-    spec.CopyFrom(deployment.spec)
+    spec = copy.deepcopy(deployment.spec)
     spec.engines.append(
         granq.engine_target("rtx", compute_capabilities=["8.9"], batch=granq.batch_profile(1, 8, 8)),
     )
@@ -239,8 +239,7 @@ def test_a_quantizer_killed_in_training_resumes_to_the_same_model(deployment: De
 
 
 def test_cancel_in_training_ends_everything_within_five_seconds(deployment: Deployment) -> None:
-    spec = coordinator_pb2.PipelineSpec()
-    spec.CopyFrom(deployment.spec)
+    spec = copy.deepcopy(deployment.spec)
     spec.training.epochs = 10_000
     pipeline_id = deployment.client.submit(spec).pipeline_id
     assert any(is_training(event) for event in deployment.watch(pipeline_id)), deployment.logs()
@@ -266,8 +265,7 @@ def refused(
     submitted: dict[str, tuple[str, Path]] = {}
     for name, case in CASES.items():
         marker = folder / f"{name}.ran"
-        spec = coordinator_pb2.PipelineSpec()
-        spec.CopyFrom(deployment.spec)
+        spec = copy.deepcopy(deployment.spec)
         artifact = deployment.client.upload(case.make(folder / name, marker))
         spec.model.CopyFrom(granq.model_source(artifact, **case.source))
         submitted[name] = deployment.client.submit(spec).pipeline_id, marker
