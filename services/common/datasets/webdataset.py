@@ -124,6 +124,7 @@ def read_index(shard: Path) -> Iterator[Sample]:
                     current.images.append(member)
                 elif suffix == LABEL:
                     current.labels.append(_label(shard, archive, member))
+            _check_end(shard, archive)
             if current is not None:
                 yield from _closed(shard, current)
     # Besides its own error, the reader lets through what damaged header fields cause.

@@ -148,3 +148,16 @@ def test_damage_anywhere_in_the_headers_is_refused(tmp_path: Path) -> None:
         (tmp_path / "s.tar").write_bytes(damaged)
         with pytest.raises(InvalidArgumentError):
             opened(tmp_path, "s.tar")
+
+
+def test_a_damaged_header_between_samples_does_not_shorten_the_set(tmp_path: Path) -> None:
+    shard(tmp_path / "s.tar", sample("a", 1, "0") + sample("b", 2, "1"))
+    intact = (tmp_path / "s.tar").read_bytes()
+    assert len(opened(tmp_path, "s.tar")) == 2
+    third = intact.index(b"b.")
+    for position in (third, third + 124, third + 150):
+        damaged = bytearray(intact)
+        damaged[position] ^= 0xFF
+        (tmp_path / "s.tar").write_bytes(damaged)
+        with pytest.raises(InvalidArgumentError, match=f"damaged at byte {third}"):
+            opened(tmp_path, "s.tar")
