@@ -24,7 +24,7 @@ from services.quantizer.batches import Batch, BatchSource, ReplaySource
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.integer import to_integer
-from services.quantizer.onnx_export import export_trt, save
+from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking, tracking_paused
 from services.quantizer.training import Trainer
 
@@ -115,7 +115,7 @@ class Bench:
         """Export a deployable student, run the file with ONNX Runtime, and return its logits of all images."""
         proto = export_trt(to_integer(student), self.model.input_shape)
         path = self.folder / f"{form}.onnx"
-        save(proto if form == "trt" else to_onnx_runtime(proto), path)
+        path.write_bytes((proto if form == "trt" else to_onnx_runtime(proto)).SerializeToString())
         model = OnnxModel(load_graph(path, "onnx"), FORMS[form], torch.get_num_threads(), "onnx")
         batch = max(1, min(256, ELEMENTS // self.images[0].numel()))
         return torch.cat([torch.from_numpy(model.run(part.numpy())) for part in self.images.split(batch)])

@@ -12,7 +12,6 @@ Run without graph optimizations this file computes exactly what ``integer.py`` c
 
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,8 +92,3 @@ def export_trt(integer: fx.GraphModule, input_shape: tuple[int, int, int]) -> on
     """
     table = {torch.ops.granq.codes.default: _codes, torch.ops.granq.weight.default: _weight}
     return _export(integer, input_shape, table)
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write the model as one file."""
-    path.write_bytes(model.SerializeToString())

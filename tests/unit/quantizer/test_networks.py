@@ -29,7 +29,7 @@ from services.quantizer.graph import layers, module_of
 from services.quantizer.integer import carries_codes, float_operations, integer_layers, is_exact, to_integer
 from services.quantizer.integer_modules import EXACT_LIMIT, Codes, Sigmoid
 from services.quantizer.learned import ActivationQuantizer, QuantizedLinear
-from services.quantizer.onnx_export import export_trt, save
+from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student, no_grad_copy
 from services.quantizer.training import Trainer
 from tests.support.models import captured, settle
@@ -91,7 +91,7 @@ def borrow_sigmoid(integer: fx.GraphModule) -> None:
 
 
 def opened(model: onnx.ModelProto, form: Any, folder: Path) -> OnnxModel:
-    save(model, folder / "model.onnx")
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
     return OnnxModel(load_graph(folder / "model.onnx", "model"), form, 1, "model")
 
 
