@@ -39,6 +39,21 @@ def printed(script: str, model: Path, folder: Path, *options: str) -> list[int]:
     return [int(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
 
 
+def imported(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    return example
+
+
+def test_onnxruntime_does_not_saturate_where_there_is_no_vnni(tmp_path: Path) -> None:
+    saved(tmp_path, "m", quantized(seed=SEED, unsigned=True))
+    options = imported("onnxruntime_inference").load(str(tmp_path / "m.onnx")).get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_onnxruntime(tmp_path: Path) -> None:
     classes = expected(tmp_path, reports_pb2.MEASURED_FORM_ONNX_ORT, unsigned=True)
     assert printed("onnxruntime_inference.py", tmp_path / "m.onnx", tmp_path) == classes
@@ -79,11 +94,7 @@ def test_tensorrt_on_stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     cudart = FakeCudart(gpu)
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=cudart))
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cudart)
-    spec = importlib.util.spec_from_file_location("tensorrt_inference", EXAMPLES / "tensorrt_inference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = imported("tensorrt_inference")
     classes: NDArray[np.int64] = example.classify(runtime, b"plan", images(6))
     assert classes.tolist() == graph.run(images(6)).argmax(1).tolist()
     with pytest.raises(RuntimeError, match="cudaErrorNoDevice"):
