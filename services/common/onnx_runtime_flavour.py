@@ -185,7 +185,10 @@ def _rewrite_layer(rewriter: _Rewriter, layer: NodeProto, multiply: NodeProto) -
         if rewriter.quantizes_directly(output):
             flat = factor.reshape(-1).astype(np.float32)
             scale = rewriter.constant(f"{output}_scale", flat)
-            values = rewriter.add("DequantizeLinear", [kernel, scale], f"{output}_kernel", axis=0)
+            # Stated, though all are 0: with session.x64quantprecision ONNX Runtime converts them, and can fail where it
+            # must add them.
+            zeros = rewriter.constant(f"{output}_zero_points", np.zeros(len(flat), np.int8))
+            values = rewriter.add("DequantizeLinear", [kernel, scale, zeros], f"{output}_kernel", axis=0)
             scaled = rewriter.constant(f"{output}_bias", (bias * flat).astype(np.float32))
             rewriter.add("Conv", [codes.values, values, scaled], output, **attributes)
             return

@@ -18,6 +18,7 @@ from granq.v1 import common_pb2, evaluator_pb2, reports_pb2
 from services.evaluator.graph import load_graph
 from services.evaluator.jobs import build_engine
 from services.evaluator.onnx_runtime import OnnxModel
+from services.evaluator.saturation import with_weight_zero_points
 from tests.support.evaluator_bench import EvaluatorBench
 from tests.support.fake_engine import FakeGpu, FakeRuntime
 from tests.support.onnx_graphs import images, quantized, saved
@@ -28,7 +29,8 @@ CALLS = ("cudaMalloc", "cudaMemcpyAsync", "cudaStreamCreate", "cudaStreamSynchro
 
 
 def expected(folder: Path, form: reports_pb2.MeasuredForm, **options: Any) -> list[int]:
-    graph = load_graph(saved(folder, "m", quantized(seed=SEED, **options)), "f")
+    # Zero points are stated, as the exporter does.
+    graph = load_graph(saved(folder, "m", with_weight_zero_points(quantized(seed=SEED, **options))), "f")
     classes: list[int] = OnnxModel(graph, form, 1, "f").run(images(6)).argmax(1).tolist()
     return classes
 
