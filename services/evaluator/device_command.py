@@ -109,17 +109,20 @@ def _build(package: "DevicePackage", options: argparse.Namespace) -> None:
 def _engine(
     package: "DevicePackage", options: argparse.Namespace, say: Callable[[str], None]
 ) -> "reports_pb2.EngineManifest | None":
-    """Build the engine; return None where none was asked for by name and there is nothing to build one with."""
+    """Build the engine; return None where the graph is what runs, or where no runtime is and none was named."""
     from google.protobuf.json_format import Parse, ParseError
 
     from granq.v1 import common_pb2
     from services.common.errors import FailedPreconditionError, InvalidArgumentError
-    from services.evaluator.device import Report, build_engine
+    from services.evaluator.device import ORT, Report, build_engine
 
     try:
         target = Parse(options.target or "{}", common_pb2.EngineTarget())
     except ParseError as error:
         raise InvalidArgumentError(f"--target is no granq.v1.EngineTarget: {error}") from error
+    if target.runtime == common_pb2.RUNTIME_ONNXRUNTIME:
+        say(f"no engine: ONNX Runtime loads {ORT} itself")
+        return None
     try:
         return build_engine(package, options.out, target, options.seconds, Report(say))
     except FailedPreconditionError as error:

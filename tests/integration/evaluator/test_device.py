@@ -133,6 +133,14 @@ def test_a_target_that_this_machine_is_not_leaves_the_graphs(tmp_path: Path, pac
     assert not list((tmp_path / "net").glob("*.engine"))
 
 
+def test_for_a_cpu_the_graph_is_the_result(tmp_path: Path, package: Path, run: Run) -> None:
+    done = run(tmp_path, "build", str(package), "--target", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["engine"] is None
+    assert "ONNX Runtime loads model_ort.onnx itself" in done.stderr
+    assert not list((tmp_path / "net").glob("*.engine*"))
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "absent"])
 def test_a_damaged_package_is_one_sentence(tmp_path: Path, package: Path, run: Run, damage: str) -> None:
     data = bytearray(package.read_bytes())
