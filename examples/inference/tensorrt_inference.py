@@ -39,7 +39,7 @@ def classify(trt: Any, plan: bytes, images: NDArray[np.float32]) -> NDArray[np.i
     if not context.execute_async_v3(int(must(cuda.cudaStreamCreate()))):
         raise RuntimeError("the engine could not run; its log says why")
     must(cuda.cudaMemcpy(logits.ctypes.data, addresses[1], logits.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost))
-    return logits.argmax(1)
+    return np.asarray(logits.argmax(1))
 
 
 if __name__ == "__main__":
