@@ -194,10 +194,10 @@ def _check_name(fqn: str) -> None:
     """Refuse names that a parameter cannot have.
 
     Modules of the graph are named after their parameters, and fx writes these names into Python source as they are, so
-    a name with a quote in it would be code.
+    a name with a quote in it would be code. A hyphen, which torchvision's RegNets have, only makes fx quote the name.
     """
     for part in fqn.split("."):
-        if not re.fullmatch(r"[A-Za-z0-9_]+", part) or keyword.iskeyword(part) or part in _RESERVED:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", part) or keyword.iskeyword(part) or part in _RESERVED:
             raise refuse("MODEL_ARCHIVE_INVALID", f"the .pt2 names a parameter {fqn!r}, which PyTorch does not allow")
 
 

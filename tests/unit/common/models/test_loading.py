@@ -1,6 +1,7 @@
 """Every format gives the same kind of graph, with the same numbers."""
 
 import gzip
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def test_exported_in_training_mode(tmp_path: Path, load: Any) -> None:
     path = export(model, (3, 8, 8), tmp_path / "m.pt2", dynamic=True)
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(_logits(load(path).module, x), _logits(model.eval(), x))
+
+
+def test_exported_with_names_that_are_no_identifiers(tmp_path: Path, load: Any) -> None:
+    """torchvision calls the blocks of a RegNet block1-0 and so on."""
+    model = settle(nn.Sequential(OrderedDict({"block1-0": Residual()})))
+    loaded = load(export(model, (3, 8, 8), tmp_path / "m.pt2"))
+    assert isinstance(loaded.module.get_submodule("block1-0.stem.0"), nn.Conv2d)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(_logits(loaded.module, x), _logits(model, x))
 
 
 def test_summary(archive: Path, load: Any) -> None:
