@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def dies_once(request: Request, context: JobContext) -> jobs_pb2.JobResult:
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGKILL)
     return _result(done, runs)
+
+
+def leaves_files(request: Request, context: JobContext) -> jobs_pb2.JobResult:
+    """Write a temporary file, and be killed if the request has iterations."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "half").write_bytes(b"written")
+    context.report(str(folder))
+    if request.synthesis.iterations:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _result(1)
 
 
 def fails(request: Request, context: JobContext) -> jobs_pb2.JobResult:

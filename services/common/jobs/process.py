@@ -7,11 +7,12 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 
 from google.protobuf.message import Message
 
 from granq.v1 import common_pb2, jobs_pb2
-from services.common.errors import GranqError, InternalError, UnavailableError, from_failure
+from services.common.errors import GranqError, InternalError, UnavailableError, as_granq_error, from_failure
 from services.common.jobs import wire
 from services.common.jobs.wire import ENDS, BytesFrame, Frame, StartFrame
 from services.common.metrics import ARTIFACT_BYTES
@@ -68,10 +69,12 @@ class JobProcess:
 
     Args:
         process: The process, with pipes on its three standard streams.
+        scratch: Its folder for temporary files, which goes when it does: a killed process cannot remove its own.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, scratch: TemporaryDirectory[str]) -> None:
         self._process = process
+        self._scratch = scratch
         self._tail: deque[bytes] = deque()
         self._tail_size = 0
 
@@ -82,6 +85,7 @@ class JobProcess:
         """Begin a job's process and hand it the request.
 
         Raises:
+            ResourceExhaustedError: The disk for temporary files is full.
             UnavailableError: The system has no room for another process.
         """
         start = StartFrame(
@@ -93,7 +97,9 @@ class JobProcess:
             settings=dotted(type(settings)),
             settings_json=settings.model_dump_json(),
         )
+        scratch: TemporaryDirectory[str] | None = None
         try:
+            scratch = TemporaryDirectory(prefix="granq-job-", ignore_cleanup_errors=True)
             transport, protocol = await asyncio.get_running_loop().subprocess_exec(
                 _Protocol,
                 sys.executable,
@@ -104,13 +110,16 @@ class JobProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env=child_environment(),
+                env={**child_environment(), "TMPDIR": scratch.name},
                 # A group of its own: signals to the server's group are not for it, and it ends with all it began.
                 start_new_session=True,
             )
         except OSError as error:
-            raise UnavailableError("the server cannot start a process now", reason="NO_PROCESS") from error
-        job = cls(asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop()))
+            if scratch is not None:
+                scratch.cleanup()
+            cannot = UnavailableError("the server cannot start a process now", reason="NO_PROCESS")
+            raise as_granq_error(error) or cannot from error
+        job = cls(asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop()), scratch)
         frames = wire.encode(Frame.START, start.model_dump_json().encode())
         job._send(frames + wire.encode(Frame.REQUEST, request.SerializeToString()))
         return job
@@ -167,6 +176,7 @@ class JobProcess:
                 self._process.stdin.close()
             await asyncio.wait([errors], timeout=_LEAVE_SECONDS)
             errors.cancel()
+            await asyncio.to_thread(self._scratch.cleanup)
         if isinstance(outcome, jobs_pb2.JobResult):
             return outcome
         raise outcome or _death(code)
