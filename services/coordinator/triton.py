@@ -22,11 +22,16 @@ _README = """# Model repository for Triton Inference Server
         tritonserver --model-repository=/models
 
 `model_onnx` runs the INT8 kernels of ONNX Runtime on the CPU. On x86 CPUs without VNNI these saturate, and classes
-change, unless ONNX Runtime's session option `session.x64quantprecision` is "1"; compare with the report before you
-serve from such a machine. The others are TensorRT engines: they load only on the GPU and with the TensorRT version
-that their manifests in `../engines` name, so take the server's release with that version. Inputs are float32 N×C×H×W,
-normalized as for the model that was quantized; outputs are logits. To have class names in answers, put a `labels.txt`
-with one name per line beside `config.pbtxt`, and `label_filename: "labels.txt"` into its output.
+change. ONNX Runtime has a session option against it (`session.x64quantprecision`), which Triton's backend does not
+pass on. On such a CPU copy `../model_trt.onnx` over `model_onnx/1/model.onnx`, and add to `model_onnx/config.pbtxt`:
+
+    optimization { graph { level: 2 } }
+
+That is exact on every CPU, in floating point, and slower. The others are TensorRT engines: they load only on the GPU
+and with the TensorRT version that their manifests in `../engines` name, so take the server's release with that version.
+Inputs are float32 N×C×H×W, normalized as for the model that was quantized; outputs are logits. To have class names in
+answers, put a `labels.txt` with one name per line beside `config.pbtxt`, and `label_filename: "labels.txt"` into its
+output.
 """
 _CONFIG = """name: "{name}"
 backend: "{backend}"

@@ -1,6 +1,7 @@
 """The model repository in the bundle, read with Triton's own definition of its configuration."""
 
 import importlib.util
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,17 @@ def test_batches_are_those_of_the_cpu_target(store: ArtifactStore, parse: Any) -
     cpu.target.batch.MergeFrom(common_pb2.BatchProfile(min=1, opt=1, max=1))
     config = parse(configs(made)["model_onnx"])
     assert (config.max_batch_size, [w.batch_size for w in config.model_warmup]) == (1, [1])
+
+
+def test_what_the_readme_adds_for_old_processors_is_a_configuration(store: ArtifactStore, parse: Any) -> None:
+    made = results(store)
+    files = {path: content for path, content, _ in serving_files(made)}
+    readme, config = files["triton/README.md"], files["triton/model_onnx/config.pbtxt"]
+    assert isinstance(readme, bytes)
+    assert isinstance(config, bytes)
+    (line,) = re.findall(r"^    (optimization .*)$", readme.decode(), re.MULTILINE)
+    # Level 2 is what Triton's backend makes ORT_DISABLE_ALL of, under which model_trt.onnx is exact.
+    assert parse(config + line.encode()).optimization.graph.level == 2
 
 
 @pytest.mark.parametrize(
