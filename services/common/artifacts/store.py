@@ -96,6 +96,7 @@ class ArtifactStore:
     def __init__(self, url: str, cache_dir: Path | None = None) -> None:
         self.url = url
         self.cache_dir = cache_dir
+        self._verified: set[str] = set()
         self._backend: Backend
         parts = urlsplit(url)
         if parts.scheme == "file":
@@ -185,12 +186,17 @@ class ArtifactStore:
     def local_path(self, digest: str) -> Path:
         """Return a file with a blob's content, not to be changed: the store's own, or a copy verified as it was made.
 
+        The store's own is verified, too, when it is asked for the first time.
+
         Raises:
             NotFoundError: The store does not hold it.
-            DataLossError: The remote bytes do not match the digest.
+            DataLossError: The stored bytes do not match the digest.
         """
         path = _blob_path(digest)
-        if self._backend is not self._files and not self._is_cached(digest):
+        if self._backend is self._files and digest not in self._verified:
+            self.verify(digest)
+            self._verified.add(digest)
+        elif self._backend is not self._files and not self._is_cached(digest):
             with self.open(digest) as file, ArtifactWriter(self._files.stage(), "", "") as writer:
                 while chunk := file.read(_CHUNK):
                     writer.write(chunk)

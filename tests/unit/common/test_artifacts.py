@@ -133,7 +133,7 @@ def test_damage_is_noticed_and_repaired_by_storing_again(local: ArtifactStore, d
         content[len(BLOB) // 2] ^= 1
     path.chmod(0o644)
     path.write_bytes({"truncate": BLOB[:-1], "extend": BLOB + b"x"}.get(damage, bytes(content)))
-    for method in (local.read_bytes, local.verify):
+    for method in (local.read_bytes, local.verify, ArtifactStore(local.url).local_path):
         with pytest.raises(DataLossError, match=digest):
             method(digest)
     local.put_bytes(BLOB)
