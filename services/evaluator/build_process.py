@@ -28,7 +28,6 @@ from services.evaluator.build_spec import (
 )
 
 FIELD = "onnx_trt"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -205,11 +204,20 @@ def main() -> int:
         except GranqError as error:
             send(error_line(error))
         except (MemoryError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _FULL:
+            known = _no_room(error, Path(spec.plan).parent)
+            if known is None:
                 raise
-            text = "there is no memory for this build" if isinstance(error, MemoryError) else f"no room: {error}"
-            send(error_line(ResourceExhaustedError(text)))
+            send(error_line(known))
     return 0
+
+
+def _no_room(error: MemoryError | OSError, folder: Path) -> ResourceExhaustedError | None:
+    """Return what to say of a machine that has no room for the build; None for other failures of the system."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return ResourceExhaustedError("there is no memory for this build", reason="OUT_OF_MEMORY")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceExhaustedError(f"the disk with {folder} is full; free space and try again", reason="DISK_FULL")
+    return None
 
 
 if __name__ == "__main__":

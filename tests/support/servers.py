@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,10 +18,12 @@ class ServerProcess:
     """One service's process, with an artifact store and dataset root shared by all under ``folder``.
 
     After ``kill`` and ``start`` it listens on the port that it had before, as a restarted pod behind its name would.
+    ``prefix`` is a command that runs the server's own command as its arguments.
     """
 
-    def __init__(self, name: str, folder: Path, **settings: str) -> None:
+    def __init__(self, name: str, folder: Path, *, prefix: Sequence[str] = (), **settings: str) -> None:
         self.name = name
+        self._prefix = prefix
         self._folder = folder
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
@@ -71,7 +73,7 @@ class ServerProcess:
         ready.unlink(missing_ok=True)
         with (self._folder / f"{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module], env=self.environment(), stdout=log, stderr=log
+                [*self._prefix, sys.executable, "-m", self.module], env=self.environment(), stdout=log, stderr=log
             )
         deadline = time.monotonic() + READY_SECONDS
         while not ready.exists():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import grpc
-import numpy as np
 import psutil
 import pytest
 from google.rpc import error_details_pb2
@@ -19,67 +18,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from granq.engines.machine import find_gpu
-from granq.v1 import artifacts_pb2, common_pb2, evaluator_pb2, evaluator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, reports_pb2
-from services.common.artifacts import ArtifactStore
-from services.common.rpc import GrpcServer
+from granq.v1 import common_pb2, evaluator_pb2, jobs_pb2, reports_pb2
 from services.evaluator import runtimes
-from services.evaluator.server import create_server
-from services.evaluator.settings import EvaluatorSettings
-from tests.support.onnx_graphs import images, quantized
+from tests.support.evaluator_server import Evaluator, key, running_evaluator
 from tests.support.waiting import eventually, is_gone
-
-NPZ = common_pb2.DATASET_FORMAT_NPZ
-
-
-class Evaluator:
-    """A running server with its clients and its store."""
-
-    def __init__(self, server: GrpcServer, settings: EvaluatorSettings, channel: grpc.aio.Channel) -> None:
-        self.server = server
-        self.datasets = settings.dataset_root
-        self.store = ArtifactStore(settings.artifact_url)
-        self.calls = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
-        self.jobs = jobs_pb2_grpc.JobServiceStub(channel)
-
-    def put(self, **options: object) -> artifacts_pb2.Artifact:
-        return self.store.put_bytes(quantized(**options).SerializeToString())
-
-    def labelled(self, count: int) -> common_pb2.Dataset:
-        np.savez(self.datasets / "set.npz", images=images(count), labels=np.zeros(count, int))
-        return common_pb2.Dataset(path="set.npz", format=NPZ)
-
-    async def ended(self, job_id: str) -> tuple[jobs_pb2.Job, list[str]]:
-        """Follow a job to its end; return it and the phases it went through."""
-        phases: list[str] = []
-        job = jobs_pb2.Job()
-        async for event in self.jobs.WatchJob(jobs_pb2.WatchJobRequest(job_id=job_id)):
-            job = event.job
-            if job.HasField("progress"):
-                phases.append(job.progress.phase)
-        return job, list(dict.fromkeys(phases))
 
 
 @pytest.fixture
 async def evaluator(tmp_path: Path) -> AsyncIterator[Evaluator]:
-    root = tmp_path / "datasets"
-    root.mkdir()
-    settings = EvaluatorSettings(
-        port=0,
-        artifact_url=(tmp_path / "artifacts").as_uri(),
-        dataset_root=root,
-        onnx_threads=1,
-        latency_repeats=2,
-        log_level="WARNING",
-    )
-    server = create_server(settings)
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Evaluator(server, settings, channel)
-    await server.stop(0)
-
-
-def key(name: str) -> jobs_pb2.JobKey:
-    return jobs_pb2.JobKey(job_id=name, pipeline_id="pipeline")
+    async with running_evaluator(tmp_path) as running:
+        yield running
 
 
 async def test_capabilities(evaluator: Evaluator) -> None:
