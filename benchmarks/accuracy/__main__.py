@@ -14,48 +14,32 @@ from benchmarks.accuracy.ablation import ablation
 from benchmarks.accuracy.agreement import agreement
 from benchmarks.accuracy.bench import Bench, load
 from benchmarks.accuracy.deployable import deployable
+from benchmarks.accuracy.options import (
+    EXAMPLE,
+    Channels,
+    Data,
+    Limit,
+    Mean,
+    Model,
+    Out,
+    Pad,
+    Seeds,
+    Std,
+    Threads,
+    open_bench,
+    pairs_of,
+)
 from benchmarks.accuracy.photographs import crops
 from benchmarks.accuracy.reproduce import SETTINGS, reproduce
 from granq.v1 import common_pb2
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy without data, measured.")
 
-Model = Annotated[Path, typer.Option(help="A .pt2 program.")]
-Data = Annotated[Path, typer.Option(help="Folder of IDX files.")]
-Mean = Annotated[float, typer.Option(help="Of pixels/255.")]
-Std = Annotated[float, typer.Option(help="Of pixels/255.")]
-Pad = Annotated[int, typer.Option(help="Black pixels on each side.")]
-Channels = Annotated[int, typer.Option(help="1 or 3.")]
-Limit = Annotated[int, typer.Option(help="Only the first so many test images; 0 for all.")]
-Seeds = Annotated[str, typer.Option(help="Separated by commas.")]
-Threads = Annotated[int, typer.Option(help="CPU threads.")]
-Out = Annotated[Path | None, typer.Option(help="Markdown file to write, after each row.")]
-
-_EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist" / "resnet20.pt2"
-
-
-def _pairs(bits: list[str]) -> list[tuple[int, int]]:
-    return [(int(weight), int(activation)) for weight, activation in (pair.split("/") for pair in bits)]
-
-
-def _open(
-    model: Path, data: Path, mean: float, std: float, pad: int, channels: int, limit: int, folder: str, *, bounded: bool
-) -> Bench:
-    preprocessing = common_pb2.Preprocessing(pad=pad, channels=channels, mean=[mean], std=[std])
-    dataset = common_pb2.Dataset(
-        path=data.name,
-        format=common_pb2.DATASET_FORMAT_IDX,
-        split="t10k",
-        preprocessing=preprocessing,
-        limit=limit,
-    )
-    return Bench.open(model, dataset, data.parent, Path(folder), bounded=bounded)
-
 
 @app.command("deployable")
 def deployable_command(
     data: Data,
-    model: Model = _EXAMPLE,
+    model: Model = EXAMPLE,
     bits: Annotated[list[str] | None, typer.Option(help="W/A, repeatable.")] = None,
     seeds: Seeds = "0,1,2",
     synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 500,
@@ -74,9 +58,9 @@ def deployable_command(
     """Accuracy of the exported graph."""
     if threads:
         torch.set_num_threads(threads)
-    pairs = _pairs(bits or ["8/8", "4/8", "4/4", "3/3", "2/8"])
+    pairs = pairs_of(bits or ["8/8", "4/8", "4/4", "3/3", "2/8"])
     with TemporaryDirectory() as folder:
-        bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
+        bench = open_bench(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
         numbers = [int(seed) for seed in seeds.split(",")]
         deployable(bench, pairs, numbers, synthesis_iterations, images, iterations, batch, out)
 
@@ -106,14 +90,14 @@ def agreement_command(
         photographs, pictures = crops(images, crop_count, loaded.input_shape[1:], [mean], [std], crop_seed)
         bench = Bench(loaded, photographs, torch.zeros(0, dtype=torch.int64), Path(folder))
         numbers = [int(seed) for seed in seeds.split(",")]
-        pairs = _pairs(bits or ["8/8", "4/8"])
+        pairs = pairs_of(bits or ["8/8", "4/8"])
         agreement(bench, pictures, pairs, numbers, synthesis_iterations, synthetic_images, iterations, batch, out)
 
 
 @app.command("ablation")
 def ablation_command(
     data: Data,
-    model: Model = _EXAMPLE,
+    model: Model = EXAMPLE,
     bits: Annotated[str, typer.Option(help="Widths, separated by commas.")] = "3,4,5,8",
     seeds: Seeds = "0,1,2",
     synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 500,
@@ -133,7 +117,7 @@ def ablation_command(
     if threads:
         torch.set_num_threads(threads)
     with TemporaryDirectory() as folder:
-        bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
+        bench = open_bench(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
         widths, numbers = ([int(part) for part in text.split(",")] for text in (bits, seeds))
         ablation(bench, widths, numbers, synthesis_iterations, images, iterations, batch, out)
 
@@ -141,7 +125,7 @@ def ablation_command(
 @app.command("reproduce")
 def reproduce_command(
     data: Data,
-    model: Model = _EXAMPLE,
+    model: Model = EXAMPLE,
     rows: Annotated[str, typer.Option(help="Numbers of the rows, from 0, separated by commas; default: all.")] = "",
     seeds: Seeds = "0,1,2",
     mean: Mean = 0.2860,
@@ -157,7 +141,7 @@ def reproduce_command(
         torch.set_num_threads(threads)
     chosen = [SETTINGS[int(row)] for row in rows.split(",")] if rows else SETTINGS
     with TemporaryDirectory() as folder:
-        bench = _open(model, data, mean, std, pad, channels, limit, folder, bounded=False)
+        bench = open_bench(model, data, mean, std, pad, channels, limit, folder, bounded=False)
         reproduce(bench, chosen, [int(seed) for seed in seeds.split(",")], out)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, fx
 
@@ -30,7 +31,11 @@ from services.quantizer.training import Trainer
 
 CPU = torch.device("cpu")
 ELEMENTS = 2**22  # of input in a batch of the exported graph, whose runtime keeps many activations in memory
-FORMS = {"trt": reports_pb2.MEASURED_FORM_ONNX_TRT, "ort": reports_pb2.MEASURED_FORM_ONNX_ORT}
+FORMS = {
+    "float": reports_pb2.MEASURED_FORM_FLOAT,
+    "trt": reports_pb2.MEASURED_FORM_ONNX_TRT,
+    "ort": reports_pb2.MEASURED_FORM_ONNX_ORT,
+}
 
 
 class JointSource:
@@ -114,9 +119,16 @@ class Bench:
     def exported(self, student: fx.GraphModule, form: str = "trt") -> Tensor:
         """Export a deployable student, run the file with ONNX Runtime, and return its logits of all images."""
         proto = export_trt(to_integer(student), self.model.input_shape)
-        path = self.folder / f"{form}.onnx"
-        path.write_bytes((proto if form == "trt" else to_onnx_runtime(proto)).SerializeToString())
-        model = OnnxModel(load_graph(path, "onnx"), FORMS[form], torch.get_num_threads(), "onnx")
+        return self.run(self.opened(proto if form == "trt" else to_onnx_runtime(proto), form))
+
+    def opened(self, proto: onnx.ModelProto, form: str) -> OnnxModel:
+        """Write a graph to "model_{form}.onnx" in the folder, and open it as the evaluator does."""
+        path = self.folder / f"model_{form}.onnx"
+        path.write_bytes(proto.SerializeToString())
+        return OnnxModel(load_graph(path, "onnx"), FORMS[form], torch.get_num_threads(), "onnx")
+
+    def run(self, model: OnnxModel) -> Tensor:
+        """Return an opened graph's logits of all images."""
         batch = max(1, min(256, ELEMENTS // self.images[0].numel()))
         return torch.cat([torch.from_numpy(model.run(part.numpy())) for part in self.images.split(batch)])
 

@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torchvision
-from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import fx, nn
 from torch.nn import functional as F
 
+from benchmarks.logistic import borrow_sigmoid
 from granq.v1 import common_pb2, reports_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import FailedPreconditionError, InvalidArgumentError
@@ -27,7 +26,7 @@ from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.graph import layers, module_of
 from services.quantizer.integer import carries_codes, float_operations, integer_layers, is_exact, to_integer
-from services.quantizer.integer_modules import EXACT_LIMIT, Codes, Sigmoid
+from services.quantizer.integer_modules import EXACT_LIMIT, Codes
 from services.quantizer.learned import ActivationQuantizer, QuantizedLinear
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student, no_grad_copy
@@ -73,21 +72,6 @@ def trained(model: fx.GraphModule, quantization: Quantization) -> fx.GraphModule
     still = [name for name, value in student.named_parameters() if torch.equal(value, before[name])]
     assert not [name for name in still if name.endswith("log_step") or "codes_" in name]
     return student
-
-
-def borrow_sigmoid(integer: fx.GraphModule) -> None:
-    """Let the integer form compute the logistic function as ONNX Runtime does, in the last bits too."""
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Sigmoid", ["x"], ["y"])], "sigmoid", values[:1], values[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-
-    def sigmoid(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
-
-    for module in integer.modules():
-        if isinstance(module, Sigmoid):
-            module.forward = sigmoid  # type: ignore[method-assign]
 
 
 def opened(model: onnx.ModelProto, form: Any, folder: Path) -> OnnxModel:
