@@ -63,6 +63,7 @@ def report_markdown(pipeline: coordinator_pb2.Pipeline, files: Sequence[tuple[st
         lines += _table(
             ("Target", "Outcome", "Built for", "INT8 layers", "Build s"), map(_engine, results.engines), (3, 4)
         )
+        lines += _float_layers(results.engines)
     if results.export.float_operations:
         lines += ["", "## Operations that stay in floating point", ""]
         lines += [f"- {_text(name)}" for name in results.export.float_operations]
@@ -168,9 +169,22 @@ def _notes(pipeline: coordinator_pb2.Pipeline) -> list[str]:
     return [f"- {note}" for note in notes]
 
 
+def _float_layers(engines: Iterable[coordinator_pb2.EngineOutcome]) -> list[str]:
+    found = [
+        f"- {_target(outcome)}: {_text(layer.name)} ({_text(layer.kind)}) runs in floating point: {_text(layer.reason)}"
+        for outcome in engines
+        for layer in outcome.engine.float_layers
+    ]
+    return ["", *found] if found else []
+
+
+def _target(outcome: coordinator_pb2.EngineOutcome) -> str:
+    runtime = common_pb2.Runtime.Name(outcome.target.runtime).removeprefix("RUNTIME_").lower()
+    return _text(outcome.target.name) or ("default runtime" if runtime == "unspecified" else runtime)
+
+
 def _engine(outcome: coordinator_pb2.EngineOutcome) -> tuple[str, ...]:
-    target = common_pb2.Runtime.Name(outcome.target.runtime).removeprefix("RUNTIME_").lower()
-    target = _text(outcome.target.name) or ("default runtime" if target == "unspecified" else target)
+    target = _target(outcome)
     if outcome.WhichOneof("outcome") == "graph":
         return target, "none needed: ONNX Runtime loads model_ort.onnx", "–", "–", "–"
     if outcome.WhichOneof("outcome") != "engine":

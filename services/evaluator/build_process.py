@@ -78,6 +78,8 @@ def build(spec: BuildSpec, report: Callable[[str, int, int], None]) -> BuildOutc
             reason="ENGINE_BUILD_FAILED",
         )
     Path(spec.plan).write_bytes(plan)
+    if spec.layers is not None:
+        Path(spec.layers).write_text(_kernels_of(trt, plan, spec.batch[1], log), "utf-8")
     if cache is not None and spec.timing_cache is not None:
         Path(spec.timing_cache).write_bytes(cache.serialize())
     tensors = [_described(network.get_input(i), True) for i in range(network.num_inputs)]
@@ -90,6 +92,8 @@ def _configure(trt: Any, config: Any, spec: BuildSpec) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, spec.workspace_bytes)
     if spec.optimization_level is not None:
         config.builder_optimization_level = spec.optimization_level
+    if spec.layers is not None:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if not spec.capabilities:
         return
     known = {
@@ -120,6 +124,20 @@ def _use_timing_cache(config: Any, path: Path, log: Any) -> Any:
             del log.warnings[messages[0] :], log.errors[messages[1] :]
             return cache
     return None
+
+
+def _kernels_of(trt: Any, plan: Any, batch: int, log: Any) -> str:
+    """Return the kernels of an engine as JSON, for one batch: without it, the inspector shows no formats of tensors."""
+    runtime = _created(lambda: trt.Runtime(log), log)
+    engine = _created(lambda: runtime.deserialize_cuda_engine(plan), log)
+    context = _created(engine.create_execution_context, log)
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+            context.set_input_shape(name, (batch, *tuple(engine.get_tensor_shape(name))[1:]))
+    inspector = engine.create_engine_inspector()
+    inspector.execution_context = context
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _log_of(trt: Any) -> Any:

@@ -22,6 +22,7 @@ class BuildSpec:
         workspace_bytes: Memory for tactics in bytes; None for the runtime's default.
         optimization_level: 0 to 5; None where the runtime has none.
         timing_cache: Path to read the timing cache from, where it exists, and to write it to; None for no cache.
+        layers: Path to write the inspector's listing of the engine's kernels to; None where they are not listed.
     """
 
     module: str
@@ -33,6 +34,7 @@ class BuildSpec:
     workspace_bytes: int | None
     optimization_level: int | None
     timing_cache: str | None = None
+    layers: str | None = None
 
 
 @dataclass(frozen=True)

@@ -91,15 +91,16 @@ def build_plan(
         workspace_bytes=target.workspace_bytes if target.HasField("workspace_bytes") else None,
         optimization_level=level if runtime.optimization_levels else None,
         timing_cache=str(cache) if cache_name is not None else None,
+        layers=str(plan.with_name("layers.json")) if runtime.inspector else None,
     )
     follower.report("building")
     outcome = engine_build.run_build(spec, follower, seconds)
     follower.report("auditing")
     for warning, reason in engine_build.check_warnings(runtime, outcome.warnings).items():
         follower.log.info("the builder warned", warning=warning, harmless=reason)
-    audit = engine_build.check_plan(runtime, graph, plan.read_bytes(), spec.batch)
-    if runtime.readable_plan and audit is None:
-        follower.log.warning("the plan could not be audited", runtime=runtime.module, version=outcome.version)
+    audit = engine_build.check_plan(runtime, graph, spec)
+    if audit is None:
+        follower.log.warning("the engine could not be audited", runtime=runtime.module, version=outcome.version)
     follower.check_cancelled()
     if caches is not None and cache_name is not None and cache.exists():
         keep_cache(caches, cache_name, cache)

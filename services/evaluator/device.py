@@ -112,6 +112,8 @@ def build_engine(
         (staged / ENGINE_MANIFEST).write_bytes(to_json(manifest))
         for name in (ENGINE, ENGINE_MANIFEST):
             _publish(staged / name, folder)
+    for found in built.audit.floats if built.audit else ():
+        report.say(f"engine: {found.layer.name} ({found.layer.kind}) runs in floating point: {found.reason}")
     layers = f"; {built.audit.int8} of {built.audit.total} layers in INT8" if built.audit else ""
     report.say(
         f"{folder / ENGINE}: {engine.size_bytes:,} bytes, {built.runtime.module} {built.outcome.version}{layers}"

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Protocol
 
@@ -19,8 +21,9 @@ from services.common.errors import (
     UnavailableError,
 )
 from services.evaluator.build_spec import BuildOutcome, BuildSpec, parse_line
-from services.evaluator.graph import Graph, Layer
-from services.evaluator.plan_audit import PlanAudit, audit_plan
+from services.evaluator.graph import Graph
+from services.evaluator.inspector_audit import audit_inspector
+from services.evaluator.plan_audit import FloatLayer, PlanAudit, audit_plan, why_float
 from services.evaluator.runtimes import EngineRuntime
 
 _POLL_SECONDS = 0.1
@@ -151,34 +154,40 @@ def check_warnings(runtime: EngineRuntime, warnings: list[str]) -> dict[str, str
 
 def check_graph(graph: Graph) -> None:
     """Raise FailedPreconditionError when convolutions are stored in a form that no integer kernel runs; names them."""
-    _refuse_floats([n for n in graph.layers if not n.int8_weight or n.per_channel_activation], "the graph stores")
+    _refuse_floats([FloatLayer(layer, why) for layer in graph.layers if (why := why_float(layer))], "the graph stores")
 
 
-def check_plan(runtime: EngineRuntime, graph: Graph, plan: bytes, batch: list[int]) -> PlanAudit | None:
-    """Audit a built plan.
+def check_plan(runtime: EngineRuntime, graph: Graph, spec: BuildSpec) -> PlanAudit | None:
+    """Audit a built engine: by its inspector where the runtime has one, else by the plan's own text.
 
     Returns:
-        The audit, or None where the runtime's plans cannot be read.
+        The audit, or None where neither tells.
 
     Raises:
         FailedPreconditionError: A convolution came out in float.
     """
-    if not runtime.readable_plan:
-        return None
-    audit = audit_plan(plan, graph.layers, batch[0] if batch[0] == batch[2] else None)
+    if spec.layers is not None:
+        audit = audit_inspector(Path(spec.layers).read_text("utf-8", errors="replace"), graph.layers)
+    else:
+        low, _, high = spec.batch
+        audit = audit_plan(Path(spec.plan).read_bytes(), graph.layers, low if low == high else None)
     if audit is not None:
-        _refuse_floats(list(audit.floats), f"{runtime.module} built")
+        _refuse_floats(audit.floats, f"{runtime.module} built")
     return audit
 
 
-def _refuse_floats(layers: list[Layer], who: str) -> None:
+def _refuse_floats(layers: Sequence[FloatLayer], who: str) -> None:
     # Linear layers are counted but not refused: a classifier's last layer in float costs next to nothing.
-    names = [layer.name for layer in layers if layer.kind == "Conv"]
+    names = [f"{found.layer.name} ({found.reason})" for found in layers if found.layer.kind == "Conv"]
     if names:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        remedy = (
+            "store their weights as INT8 codes, and give their inputs one scale"
+            if any(why_float(found.layer) for found in layers)
+            else "build for other compute capabilities, or with another runtime"
+        )
         raise FailedPreconditionError(
-            f"{who} convolutions in floating point that should be INT8: {', '.join(names[:10])}{more}; "
-            "their weight must be INT8 codes and their input must have one scale",
+            f"{who} convolutions in floating point that should be INT8: {', '.join(names[:10])}{more}; {remedy}",
             reason="LAYER_NOT_INT8",
             field="onnx_trt",
         )

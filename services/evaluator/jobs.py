@@ -46,4 +46,6 @@ def build_engine(request: evaluator_pb2.StartBuildEngineRequest, context: JobCon
     )
     if built.audit is not None:
         result.int8_layers = built.audit.int8
+        for found in built.audit.floats:
+            result.float_layers.add(name=found.layer.name, kind=found.layer.kind, reason=found.reason)
     return jobs_pb2.JobResult(engine=result)

@@ -7,8 +7,8 @@ the answer was known:
 * A layer that runs in INT8 has its weight as an INT8 constant: dimensions as in the graph, the channels
   possibly padded (those of a group to a multiple of 4, the sides of a matrix to an even number); a matrix may be
   transposed.
-* A layer that fell back to float has a float constant, or an INT8 constant and, beside it, a float buffer of exactly
-  the weight's dimensions, into which it is expanded at run time.
+* A layer that fell back to float has a float constant, or an INT8 constant and, beside it, a float buffer of the
+  weight's dimensions, possibly padded as well, into which it is expanded at run time.
 """
 
 import math
@@ -20,25 +20,46 @@ from services.evaluator.graph import Layer
 
 _TENSOR = re.compile(rb"tensor=\{ ([ -~]*?) type=(\w+) \}")
 _DIMS = re.compile(rb"\bdims=\{ ([^}]*) \}")
+_FLOATS = (b"float", b"half", b"bfloat16")
 _LARGEST_PADDING = 32
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class FloatLayer:
+    """A layer that does not run in INT8.
+
+    Attributes:
+        layer: Which.
+        reason: Why, as the end of a sentence about it.
+    """
+
+    layer: Layer
+    reason: str
+
+
+@dataclass(frozen=True)
 class PlanAudit:
-    """What a plan says about the layers of its graph.
+    """What an engine says about the layers of its graph.
 
     Attributes:
         int8: Layers that run in INT8.
-        total: Layers in the graph.
-        floats: The layers that do not. Layers with equal weight shapes cannot be told apart in a plan; when some of
-            them fell back, the last ones are named.
+        total: Layers in the graph. Of those that are neither in INT8 nor in float, the engine does not tell.
+        floats: Layers that run in floating point. Those with equal weight shapes cannot be told apart in a plan of
+            TensorRT-RTX; when some of them fell back, the last ones are named.
     """
 
     int8: int
     total: int
-    floats: tuple[Layer, ...]
+    floats: tuple[FloatLayer, ...]
+
+
+def why_float(layer: Layer) -> str:
+    """Return what in the graph keeps a layer from running in INT8; empty where nothing does."""
+    if not layer.int8_weight:
+        return "its weight is stored in floating point"
+    return "its input has one scale per channel" if layer.per_channel_activation else ""
 
 
 def audit_plan(plan: bytes, layers: Sequence[Layer], fixed_batch: int | None) -> PlanAudit | None:
@@ -70,13 +91,16 @@ def audit_plan(plan: bytes, layers: Sequence[Layer], fixed_batch: int | None) ->
                 constants.remove(found)
                 unplaced.remove(layer)
                 placed.append(layer)
-    floats = list(unplaced)
-    for layer in sorted(placed, key=lambda layer: not layer.per_channel_activation):
-        buffers = [e for e in expanded if _equal(layer.weight_shape, e)]
-        if buffers:
-            expanded.remove(buffers[0])
-            floats.append(layer)
-    return PlanAudit(len(layers) - len(floats), len(layers), tuple(layer for layer in layers if layer in floats))
+    floats = {layer: why_float(layer) or "the plan holds no INT8 weight of its shape" for layer in unplaced}
+    placed.sort(key=lambda layer: not layer.per_channel_activation)
+    for fits in (_equal, _padded):
+        for layer in [layer for layer in placed if layer not in floats]:
+            buffers = [e for e in expanded if fits(layer.weight_shape, e)]
+            if buffers:
+                expanded.remove(min(buffers, key=math.prod))
+                floats[layer] = why_float(layer) or "the plan expands its INT8 weight into floating point"
+    named = tuple(FloatLayer(layer, floats[layer]) for layer in layers if layer in floats)
+    return PlanAudit(len(layers) - len(floats), len(layers), named)
 
 
 def _shapes(descriptions: Sequence[tuple[bytes, bytes]]) -> tuple[list[Shape], list[Shape]]:
@@ -92,7 +116,7 @@ def _shapes(descriptions: Sequence[tuple[bytes, bytes]]) -> tuple[list[Shape], l
         constant = b"const_payload_size=" in description
         if constant and kind == b"int8":
             constants.append(shape)
-        elif not constant and kind == b"float":
+        elif not constant and kind in _FLOATS:
             buffers.append(shape)
     return constants, buffers
 

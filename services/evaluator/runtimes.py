@@ -45,7 +45,8 @@ class EngineRuntime:
         takes_capabilities: Whether an engine can be built for other GPUs than the one at hand.
         optimization_levels: Whether the builder has them.
         timing_cache: Whether the builder can keep what it measured for the next build.
-        readable_plan: Whether the plan tells which weights stayed INT8.
+        inspector: Whether an engine is loaded after its build to list its kernels, which takes the GPU that it is for;
+            otherwise the plan's own text tells which weights stayed INT8.
         harmless_warnings: Warnings about speed or memory. Any other warning fails the build, because among them are
             those that say that numbers will differ (such as uint8 codes taken as int8).
     """
@@ -59,7 +60,7 @@ class EngineRuntime:
     takes_capabilities: bool
     optimization_levels: bool
     timing_cache: bool
-    readable_plan: bool
+    inspector: bool
     harmless_warnings: tuple[Harmless, ...]
 
     def version(self) -> str | None:
@@ -84,7 +85,7 @@ TENSORRT = EngineRuntime(
     takes_capabilities=False,
     optimization_levels=True,
     timing_cache=True,
-    readable_plan=False,
+    inspector=True,
     harmless_warnings=(
         _LAZY_LOADING,
         _UNKNOWN_MEMORY,
@@ -103,7 +104,7 @@ TENSORRT_RTX = EngineRuntime(
     takes_capabilities=True,
     optimization_levels=False,
     timing_cache=False,
-    readable_plan=True,
+    inspector=False,
     harmless_warnings=(_LAZY_LOADING, _UNKNOWN_MEMORY),
 )
 ENGINE_RUNTIMES = (TENSORRT, TENSORRT_RTX)

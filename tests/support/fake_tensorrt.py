@@ -3,6 +3,7 @@
 What was called is recorded in `calls`; `fail` makes one step fail in the way that the bindings do.
 """
 
+import json
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -26,10 +27,11 @@ class FakeTensorRT(ModuleType):
 
     Args:
         version: Its __version__.
-        fail: "builder", "parse", "profile", "cache" or "build"; "" for none.
+        fail: "builder", "parse", "profile", "cache", "build" or "load"; "" for none.
+        kernels: What the inspector lists of an engine.
     """
 
-    def __init__(self, version: str, fail: str = "") -> None:
+    def __init__(self, version: str, fail: str = "", kernels: list[dict[str, Any]] | None = None) -> None:
         super().__init__("tensorrt")
         self.__version__ = version
         self.calls: dict[str, Any] = {}
@@ -37,7 +39,11 @@ class FakeTensorRT(ModuleType):
         self.IProgressMonitor = IProgressMonitor
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1 if version.startswith("10.") else 0)
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
+        self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+        self.LayerInformationFormat = SimpleNamespace(JSON="json")
+        self.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
         self.fail = fail
+        self.kernels = kernels or []
         self.log: Any = None
 
     def Builder(self, log: Any) -> Any:  # noqa: N802
@@ -62,6 +68,9 @@ class FakeTensorRT(ModuleType):
             get_error=lambda i: SimpleNamespace(desc=lambda: errors[i]),
         )
 
+    def Runtime(self, log: Any) -> Any:  # noqa: N802
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: None if self.fail == "load" else _Engine(self))
+
     def _network(self, flags: int) -> Any:
         self.calls["flags"] = flags
         source = SimpleNamespace(name="images", shape=(-1, 3, 8, 8), dtype="DataType.FLOAT")
@@ -84,10 +93,54 @@ class FakeTensorRT(ModuleType):
         return b"plan"
 
 
+class _Engine:
+    """An engine with one input and one output, whose inspector shows formats only for shapes that are fixed."""
+
+    num_io_tensors = 2
+
+    def __init__(self, module: FakeTensorRT) -> None:
+        self._module = module
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("images", "logits")[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name == "images" else "out"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, 3, 8, 8) if name == "images" else (-1, 5)
+
+    def create_execution_context(self) -> Any:
+        return SimpleNamespace(set_input_shape=lambda name, shape: self.shapes.update({name: shape}) or True)
+
+    def create_engine_inspector(self) -> Any:
+        inspector = SimpleNamespace(execution_context=None)
+        inspector.get_engine_information = lambda format_: self._listing(inspector.execution_context is not None)
+        return inspector
+
+    def _listing(self, has_context: bool) -> str:
+        kernels = json.loads(json.dumps(self._module.kernels))
+        if self._module.calls.get("verbosity") != "detailed":
+            kernels = [kernel["Name"] for kernel in kernels]
+        elif not has_context or self.shapes != {"images": (8, 3, 8, 8)}:
+            for tensor in [t for kernel in kernels for t in kernel.get("Inputs", [])]:
+                tensor["Format/Datatype"] = "N/A due to dynamic shapes"
+        return json.dumps({"Layers": kernels, "Bindings": ["images", "logits"]})
+
+
 class _Config:
     def __init__(self, module: FakeTensorRT) -> None:
         self._module = module
         self.progress_monitor: Any = None
+
+    @property
+    def profiling_verbosity(self) -> str:
+        return str(self._module.calls["verbosity"])
+
+    @profiling_verbosity.setter
+    def profiling_verbosity(self, verbosity: str) -> None:
+        self._module.calls["verbosity"] = verbosity
 
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
         self._module.calls["workspace"] = (pool, size)

@@ -108,6 +108,18 @@ class Builder:
         return make_model(self.nodes, self.constants)
 
 
+def convolutions() -> onnx.ModelProto:
+    """Return a classifier of convolutions alone: two, the second one in place of a linear layer."""
+    builder = Builder()
+    x = builder.activation("images", "act1", 3)
+    x = builder.layer("Conv", x, "conv1", (CHANNELS, 3, 3, 3), kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    x = builder.activation(x, "act2", CHANNELS)
+    x = builder.activation(builder.add("GlobalAveragePool", [x], "pooled"), "act3", CHANNELS)
+    x = builder.layer("Conv", x, "head", (CLASSES, CHANNELS, 1, 1), kernel_shape=[1, 1])
+    builder.add("Flatten", [x], "logits")
+    return make_model(builder.nodes, builder.constants)
+
+
 def make_model(nodes: list[onnx.NodeProto], constants: dict[str, NDArray[np.generic]]) -> onnx.ModelProto:
     """Return a checked classifier from "images" to "logits" with a free batch axis."""
     graph = helper.make_graph(

@@ -103,10 +103,12 @@ def test_engines_are_told_with_their_batches_or_why_not(pipeline: coordinator_pb
     row.batches.add(batch=8, agreement=100, largest_difference=0.5, latency_ms_mean=2, latency_ms_p50=1.5)
     row.batches[0].images_per_second = 4000
     evaluation.unmeasured.add(target="l4", failure=common_pb2.Failure(message="it needs | a GPU"))
+    pipeline.results.engines[0].engine.float_layers.add(name="fc_1", kind="Gemm", reason="the builder chose | gemm")
     markdown = report_markdown(pipeline, []).decode()
     assert "| Engine on a GPU, rtx-ada |" in markdown
     assert "| rtx-ada | 8 | 2.000 | 1.500 | 0.000 | 4,000 | 100.00 | 0.5 |" in markdown
     assert "- Engine l4 was not run: it needs \\| a GPU" in markdown
+    assert "- default runtime: fc\\_1 (Gemm) runs in floating point: the builder chose \\| gemm" in markdown
 
 
 def test_names_from_users_cannot_break_the_table(pipeline: coordinator_pb2.Pipeline) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import onnx
 import pytest
 
-from granq.engines.machine import Gpu
-from granq.v1 import artifacts_pb2, common_pb2, evaluator_pb2, reports_pb2
+from granq.v1 import common_pb2, evaluator_pb2, reports_pb2
 from services.common.errors import (
     CancelledError,
     FailedPreconditionError,
@@ -18,13 +17,13 @@ from services.common.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from services.evaluator import engine_build, manifest, runtimes, timing_cache
+from services.evaluator import engine_build, runtimes
 from services.evaluator.build_spec import BuildSpec
 from services.evaluator.graph import load_graph
 from services.evaluator.jobs import build_engine
 from services.evaluator.plan_audit import audit_plan
 from tests.support.evaluator_bench import EvaluatorBench
-from tests.support.onnx_graphs import quantized, saved
+from tests.support.onnx_graphs import convolutions, quantized, saved
 from tests.support.waiting import eventually, is_gone
 
 RTX = common_pb2.RUNTIME_TENSORRT_RTX
@@ -102,7 +101,7 @@ def test_unknown_capability_is_refused(bench: EvaluatorBench) -> None:
 def test_float_convolutions_fail_before_and_after_the_build(
     bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], names: list[str]
 ) -> None:
-    with pytest.raises(FailedPreconditionError, match="the graph stores") as caught:
+    with pytest.raises(FailedPreconditionError, match=r"the graph stores .* give their inputs one scale") as caught:
         built(bench, quantized(**options))
     assert caught.value.reason == "LAYER_NOT_INT8"
     # The plan says so by itself, too.
@@ -114,9 +113,24 @@ def test_float_convolutions_fail_before_and_after_the_build(
 
 
 @needs_rtx
-def test_float_linear_layers_are_counted(bench: EvaluatorBench) -> None:
+def test_a_sound_graph_that_a_gpu_family_runs_in_float_fails_its_build(bench: EvaluatorBench) -> None:
+    # For Turing the runtime builds convolutions, but expands their INT8 weights into floats first.
+    model = convolutions()
+    assert built(bench, model, compute_capabilities=["8.9"]).int8_layers == 2
+    for capabilities in (["7.5"], ["8.9", "7.5"]):
+        with pytest.raises(FailedPreconditionError, match=r"tensorrt_rtx built .* other compute capab") as caught:
+            built(bench, model, compute_capabilities=capabilities)
+        assert caught.value.reason == "LAYER_NOT_INT8"
+        for name in ("conv1_sums", "head_sums"):
+            assert f"{name} (the plan expands its INT8 weight into floating point)" in caught.value.message
+
+
+@needs_rtx
+def test_float_linear_layers_are_counted_and_named(bench: EvaluatorBench) -> None:
     result = built(bench, quantized(float_weights=("logits",)))
     assert (result.int8_layers, result.total_layers) == (2, 3)
+    (found,) = result.float_layers
+    assert (found.name, found.kind, found.reason) == ("logits_sums", "Gemm", "its weight is stored in floating point")
 
 
 @needs_rtx
@@ -226,46 +240,6 @@ def test_a_full_disk_is_told_from_a_defect(
         engine_build.run_build(spec, bench.context, 60)
     assert caught.value.reason == "DISK_FULL"
     assert any(p.phase == "building: Building Engine" for p in bench.reports)
-
-
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (runtimes, timing_cache, manifest):
-        monkeypatch.setattr(module, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9"))
-    for module in (timing_cache, manifest):
-        monkeypatch.setattr(module, "driver_version", lambda: "580.95.05")
-
-
-def test_timing_caches_are_named_by_version_device_and_driver(
-    bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runtimes.EngineRuntime, "version", lambda runtime: "10.3.0")
-    assert timing_cache.cache_name_of(runtimes.TENSORRT) is None
-    on_a_gpu(monkeypatch)
-    assert timing_cache.cache_name_of(runtimes.TENSORRT_RTX) is None
-    name = timing_cache.cache_name_of(runtimes.TENSORRT)
-    assert name == "timing-caches/tensorrt/10.3.0/NVIDIA_L4/8.9/580.95.05"
-    # One that the store lost is as none.
-    bench.store.set_ref(name, artifacts_pb2.Artifact(digest=f"sha256:{'0' * 64}").SerializeToString())
-    assert not timing_cache.fetch_cache(bench.store, name, tmp_path / "timing.cache")
-
-
-def test_tensorrt_goes_the_same_way_and_keeps_its_timings(
-    bench: EvaluatorBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = (Path(__file__).parents[2] / "support" / "fake_tensorrt.py").read_text()
-    (tmp_path / "tensorrt.py").write_text(f"{code}\nimport sys\nsys.modules[__name__] = FakeTensorRT('10.3.0')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    on_a_gpu(monkeypatch)
-    for timings in (b"+timed", b"+timed+timed"):
-        result = built(bench, quantized(), runtime=common_pb2.RUNTIME_TENSORRT, optimization_level=5)
-        (name,) = bench.store.list_refs("timing-caches/")
-        kept = artifacts_pb2.Artifact.FromString(bench.store.get_ref(name) or b"")
-        assert bench.store.read_bytes(kept.digest) == timings
-    record = result.manifest
-    assert bench.store.read_bytes(record.engine.digest) == b"plan"
-    assert (record.runtime_version, list(record.compute_capabilities)) == ("10.3.0", ["8.9"])
-    assert (record.driver_version, result.total_layers) == ("580.95.05", 3)
-    assert not result.HasField("int8_layers")  # TensorRT's plans are not read
 
 
 async def test_build_dies_with_a_killed_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
