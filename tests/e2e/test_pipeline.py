@@ -9,25 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import nn
 
 import granq
+from granq import targets
 from granq.engines.machine import find_gpu
-from granq.v1 import common_pb2, coordinator_pb2, reports_pb2
-from services.common.models.cifar_resnet import CifarResNet
-from tests.support.models import settle
-from tests.support.pt2 import export
+from granq.v1 import coordinator_pb2, reports_pb2
 from tests.support.servers import ServerProcess
+from tests.support.tiny_pipelines import CHECKPOINT_INTERVAL, EPOCH, LABELLED, tiny_spec
 from tests.support.unusable_models import CASES, SHAPE
 from tests.support.waiting import is_gone
 
-MEAN, STD = 0.5, 0.25
-LABELLED = 40
-EPOCH, CHECKPOINT_INTERVAL = 32, 8
+TARGETS = ("rtx-ada", "cpu", "l4", "jetson-orin-nano")
 # Of iterations. Those after the first checkpoint that holds a student which has learned, optimizers included.
 LEARNED = EPOCH + CHECKPOINT_INTERVAL + 1
 
@@ -54,32 +49,6 @@ class Deployment:
         return [child.pid for name in names for child in self.servers[name].children()]
 
 
-def _labelled_set(model: nn.Module, path: Path) -> Path:
-    """Write grey images with the model's own answers as labels, so that the float model is right about all of them."""
-    pixels = np.random.default_rng(0).integers(0, 256, (LABELLED, *SHAPE[1:]), np.uint8)
-    images = torch.from_numpy((pixels[:, np.newaxis].astype(np.float32) / 255 - MEAN) / STD)
-    with torch.no_grad():
-        np.savez(path, images=pixels, labels=model(images).argmax(1).numpy())
-    return path
-
-
-def _spec(client: granq.Client, folder: Path) -> coordinator_pb2.PipelineSpec:
-    model = settle(CifarResNet(1, 10, 1))
-    labelled = client.upload(_labelled_set(model, folder / "set.npz"))
-    return granq.pipeline_spec(
-        granq.model_source(client.upload(export(model, SHAPE, folder / "tiny.pt2"))),
-        training=granq.training_config(
-            epochs=3,
-            warmup_epochs=1,
-            iterations_per_epoch=EPOCH,
-            batch_size=8,
-            checkpoint_interval=CHECKPOINT_INTERVAL,
-        ),
-        synthesis=granq.synthesis_config(num_images=48, iterations=4, batch_size=8),
-        dataset=granq.dataset(labelled, "npz", mean=[MEAN], std=[STD]),
-    )
-
-
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     torch.set_num_threads(1)
@@ -96,7 +65,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         addresses = {f"{name}_address": server.address for name, server in servers.items()}
         start("coordinator", database_url=f"sqlite:///{folder / 'coordinator.sqlite'}", **addresses)
         with granq.Client(servers["coordinator"].address) as client:
-            yield Deployment(servers, client, _spec(client, folder))
+            yield Deployment(servers, client, tiny_spec(client, folder))
         codes = {name: server.stop() for name, server in reversed(servers.items())}
         assert not any(codes.values()), codes
     finally:
@@ -123,11 +92,9 @@ def succeeded(deployment: Deployment, pipeline_id: str, events: list[Event]) -> 
 
 @pytest.fixture(scope="module")
 def undisturbed(deployment: Deployment) -> Run:
-    """A pipeline that nothing happened to, with an engine."""
+    """A pipeline that nothing happened to, with an engine, and targets that get none for different reasons."""
     spec = copy.deepcopy(deployment.spec)
-    spec.engines.append(
-        granq.engine_target("rtx", compute_capabilities=["8.9"], batch=granq.batch_profile(1, 8, 8)),
-    )
+    spec.engines.extend(target.engine for target in targets.load_all(TARGETS))
     pipeline_id = deployment.client.submit(spec).pipeline_id
     return succeeded(deployment, pipeline_id, list(deployment.watch(pipeline_id)))
 
@@ -159,20 +126,37 @@ def test_every_form_is_measured_and_the_exported_ones_agree(undisturbed: Run) ->
     assert rows[forms.MEASURED_FORM_ONNX_ORT].latency_ms_p50 > 0
 
 
-def test_engine_is_built_or_told_why_not(undisturbed: Run) -> None:
-    (outcome,) = undisturbed.pipeline.results.engines
-    assert outcome.target.runtime == common_pb2.RUNTIME_TENSORRT_RTX
+def test_each_target_gets_its_engine_or_its_reason(undisturbed: Run) -> None:
+    results = undisturbed.pipeline.results
+    outcomes = {outcome.target.name: outcome for outcome in results.engines}
+    assert list(outcomes) == list(TARGETS)
+    assert outcomes["cpu"].graph == results.export.onnx_ort
+    failures = {name: outcome.failure for name, outcome in outcomes.items() if outcome.HasField("failure")}
+    assert {failure.code for failure in failures.values()} == {grpc.StatusCode.FAILED_PRECONDITION.value[0]}
+    assert failures["jetson-orin-nano"].reason == "TARGET_ELSEWHERE"
+    assert "built on linux-aarch64" in failures["jetson-orin-nano"].message
+    assert failures["l4"].reason in ("RUNTIME_NOT_INSTALLED", "GPU_REQUIRED", "TARGET_ELSEWHERE")
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        assert outcome.failure.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
-        assert outcome.failure.reason == "RUNTIME_NOT_INSTALLED"
-    else:
-        assert outcome.WhichOneof("outcome") == "engine", outcome.failure
-        assert outcome.engine.manifest.onnx_digest == undisturbed.pipeline.results.export.onnx_trt.digest
-        assert outcome.engine.int8_layers == outcome.engine.total_layers
-        if find_gpu() is None:
-            (unmeasured,) = undisturbed.pipeline.results.evaluation.unmeasured
-            assert (unmeasured.target, unmeasured.failure.reason) == ("1", "ENGINE_FOREIGN")
-            assert "needs an NVIDIA GPU" in unmeasured.failure.message
+        assert failures["rtx-ada"].reason == "RUNTIME_NOT_INSTALLED"
+        return
+    engine = outcomes["rtx-ada"].engine
+    assert list(engine.manifest.compute_capabilities) == ["8.9"]
+    assert engine.manifest.onnx_digest == results.export.onnx_trt.digest
+    assert engine.int8_layers == engine.total_layers
+    assert not engine.float_layers
+    if find_gpu() is None:
+        (unmeasured,) = results.evaluation.unmeasured
+        assert (unmeasured.target, unmeasured.failure.reason) == ("rtx-ada", "ENGINE_FOREIGN")
+        assert "needs an NVIDIA GPU" in unmeasured.failure.message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
+def test_the_builders_own_progress_reaches_those_who_watch(undisturbed: Run) -> None:
+    told = [event.progress for event in undisturbed.events if event.stage == Stage.STAGE_BUILD_ENGINES]
+    builds = [progress for progress in told if progress.phase.startswith("rtx-ada, engine 1 of 4: building: ")]
+    assert builds, told
+    assert all(0 <= progress.step <= progress.total for progress in builds)
+    assert any(progress.total for progress in builds)
 
 
 def test_bundle_holds_the_files(deployment: Deployment, undisturbed: Run, tmp_path: Path) -> None:
@@ -189,8 +173,8 @@ def test_bundle_holds_the_files(deployment: Deployment, undisturbed: Run, tmp_pa
         "report/diagnostics.png": results.quantization.diagnostics_picture,
     }
     if results.engines[0].HasField("engine"):
-        held["engines/1_tensorrt_rtx.engine"] = results.engines[0].engine.manifest.engine
-        held["engines/1_tensorrt_rtx.json"] = results.engines[0].engine.manifest_file
+        held["engines/1_rtx-ada.engine"] = results.engines[0].engine.manifest.engine
+        held["engines/1_rtx-ada.json"] = results.engines[0].engine.manifest_file
     with zipfile.ZipFile(deployment.client.download(results.bundle, tmp_path)) as bundle:
         assert {name for name in bundle.namelist() if not name.startswith("triton/")} == {*held, "report.md"}
         assert bundle.read("triton/model_onnx/1/model.onnx") == bundle.read("model_ort.onnx")
