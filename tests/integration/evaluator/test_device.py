@@ -25,6 +25,7 @@ from services.quantizer.config import Quantization
 from services.quantizer.integer import to_integer
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student
+from tests.support.disks import on_a_small_disk
 from tests.support.models import Bottleneck, Residual, captured
 from tests.support.onnx_graphs import Builder
 
@@ -183,6 +184,21 @@ def test_without_a_runtime_the_graphs_are_the_result(
     # Who asks for an engine by name is told that there is none.
     assert device_command.main([*arguments, "--target", '{"runtime": "RUNTIME_TENSORRT"}']) == Exit.REFUSED
     assert "pip install tensorrt" in capsys.readouterr().err
+
+
+@needs_rtx
+def test_an_engine_that_the_disk_cannot_take_leaves_the_graphs_alone(tmp_path: Path, package: Path) -> None:
+    out = tmp_path / "made"
+    out.mkdir()
+    build = ["build", str(package), "--out", str(out), "--target", '{"runtime": "RUNTIME_TENSORRT_RTX"}']
+    command = [sys.executable, "-m", "services.evaluator.device_command", *build]
+    prefix = on_a_small_disk(out, then='ls -A "$0" >&2')
+    done = subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == Exit.DATA, done.stderr
+    message, *left = done.stderr.splitlines()
+    assert "made" in message
+    assert "is full; free space" in message
+    assert left == ["model_ort.onnx", "model_trt.onnx", "package.json"]
 
 
 @pytest.mark.parametrize("target", ["[1]", '{"runtime": 9e9}', "{"])

@@ -1,8 +1,6 @@
 """What becomes of builds that cannot go well, at a real server: a clear answer, and nothing half-written."""
 
 import asyncio
-import shutil
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from grpc_status import rpc_status
 from granq.v1 import artifacts_pb2, common_pb2, evaluator_pb2, evaluator_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from services.common.artifacts import ArtifactStore
 from services.evaluator import runtimes
+from tests.support.disks import on_a_small_disk
 from tests.support.evaluator_server import Evaluator, key, running_evaluator
 from tests.support.onnx_graphs import quantized
 from tests.support.servers import ServerProcess
@@ -152,16 +151,6 @@ async def test_impossible_batches_are_refused_by_field(
     assert [violation.field for violation in bad.field_violations] == [field]
 
 
-def small_disk(at: Path) -> list[str]:
-    """Return a command that runs another one with a disk of 320 KiB at a folder, smaller than any engine."""
-    unshare = shutil.which("unshare")
-    script = 'mount -t tmpfs -o size=320k none "$0" && exec "$@"'
-    command = [unshare or "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(at)]
-    if unshare is None or subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here, not even in a namespace of its own")
-    return command
-
-
 @needs_rtx
 @pytest.mark.parametrize("full", ["temporary", "artifacts"])
 async def test_a_full_disk_is_told_and_nothing_is_left(
@@ -170,7 +159,7 @@ async def test_a_full_disk_is_told_and_nothing_is_left(
     for folder in ("temporary", "artifacts"):
         (tmp_path / folder).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    server = ServerProcess("evaluator", tmp_path, prefix=small_disk(tmp_path / full)).start()
+    server = ServerProcess("evaluator", tmp_path, prefix=on_a_small_disk(tmp_path / full)).start()
     try:
         seen = Path(f"/proc/{server.pid}/root{tmp_path}")  # the folder as the server sees it
         onnx_trt = ArtifactStore((seen / "artifacts").as_uri()).put_bytes(quantized().SerializeToString())
