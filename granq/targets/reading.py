@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from granq.engines.target import fault_of
 from granq.messages import MessageReader, compose, not_yaml
 from granq.targets import Target
 from granq.v1 import common_pb2
@@ -25,6 +26,8 @@ def read_target(text: str, origin: str) -> Target:
         raise not_yaml(origin, error) from error
     if engine.runtime == common_pb2.RUNTIME_UNSPECIFIED:
         raise reader.error(parts["engine"], "engine.runtime", "is missing")
+    if (fault := fault_of(engine)) is not None:
+        raise reader.error(parts["engine"], f"engine.{fault[0]}", fault[1])
     engine.name = engine.name or Path(origin).stem
     title = _text(reader, parts["title"], "title")
     return Target(engine.name, title, engine, _notes(reader, parts.get("notes")))

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from granq.engines.target import fault_of
 from granq.v1 import artifacts_pb2, common_pb2, reports_pb2
+from services.common.errors import InvalidArgumentError
 from services.evaluator import engine_build, runtimes
 from services.evaluator.build_spec import BuildOutcome, BuildSpec
 from services.evaluator.engine_build import Follower
@@ -71,6 +73,8 @@ def build_plan(
         UnavailableError: The build's process died.
     """
     follower.report("checking")
+    if (fault := fault_of(target)) is not None:
+        raise InvalidArgumentError(f"target.{fault[0]} {fault[1]}", field=f"target.{fault[0]}")
     runtime = runtimes.choose(target)
     graph = load_graph(source, field)
     engine_build.check_graph(graph)

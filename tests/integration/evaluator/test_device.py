@@ -201,6 +201,19 @@ def test_an_engine_that_the_disk_cannot_take_leaves_the_graphs_alone(tmp_path: P
     assert left == ["model_ort.onnx", "model_trt.onnx", "package.json"]
 
 
+@pytest.mark.parametrize(
+    ("batch", "field"), [('{"min": 8, "opt": 4, "max": 2}', "target.batch min"), ('{"opt": 4, "max": 8}', "batch.min")]
+)
+def test_impossible_batches_build_nothing(
+    tmp_path: Path, package: Path, capsys: pytest.CaptureFixture[str], batch: str, field: str
+) -> None:
+    target = f'{{"runtime": "RUNTIME_TENSORRT_RTX", "batch": {batch}}}'
+    arguments = ["build", str(package), "--out", str(tmp_path / "made"), "--target", target]
+    assert device_command.main(arguments) == Exit.USAGE
+    assert field in capsys.readouterr().err
+    assert not list((tmp_path / "made").glob("*.engine*"))
+
+
 @pytest.mark.parametrize("target", ["[1]", '{"runtime": 9e9}', "{"])
 def test_a_target_that_is_no_message_is_refused(
     tmp_path: Path, package: Path, capsys: pytest.CaptureFixture[str], target: str
