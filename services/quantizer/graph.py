@@ -88,11 +88,11 @@ def is_non_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def ceiling_of(graph_module: fx.GraphModule, node: fx.Node) -> float | None:
-    """Return 6 when ``node`` is a ReLU6, perhaps pooled by maximum, else None."""
+    """Return 6 when ``node`` is a ReLU6, perhaps pooled or flattened, else None."""
     module = module_of(graph_module, node)
     if isinstance(module, nn.ReLU6):
         return 6.0
-    if isinstance(module, nn.MaxPool2d):
+    if isinstance(module, _SIGN_KEEPING):
         return ceiling_of(graph_module, input_of(node))
     return None
 

@@ -24,6 +24,10 @@ from services.quantizer.graph import (
 from services.quantizer.learned import ActivationQuantizer, CodeRange, CodeSource
 from services.quantizer.reach import IMAGE_REACH, Moments, reach
 
+WHOLE_RANGE_BITS = 7
+"""From so many bits on codes cover all that a ceiling allows: their steps are so fine that a clipped tail, which is
+seldom as light as a normal distribution's, errs far more than the wider range does."""
+
 
 class CodePlacement:
     """Inserts quantizers into a student's graph.
@@ -102,6 +106,8 @@ class CodePlacement:
             if self._pixel_range is not None:
                 promised = torch.maximum(self._pixel_range[0].abs(), self._pixel_range[1].abs())
         ceiling = ceiling_of(self._student, source)
+        if promised is not None and ceiling is not None and bits >= WHOLE_RANGE_BITS:
+            promised = torch.full_like(promised, ceiling)
         mean = self._moments[source].mean if source in self._moments else None
         quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised, mean)
         name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in self._made) else "")

@@ -3,11 +3,12 @@ from torch import nn
 
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import Quantization
-from services.quantizer.graph import module_of
+from services.quantizer.graph import ceiling_of, module_of
 from services.quantizer.learned import ActivationQuantizer
 from services.quantizer.reach import IMAGE_REACH, Moments, deviations, propagate, reach
 from services.quantizer.student import build_student
 from tests.support.models import Residual, captured
+from tests.support.networks import NETWORKS
 
 torch.set_num_threads(1)
 SHAPE = (3, 8, 8)
@@ -51,3 +52,23 @@ def test_ranges_start_no_lower_than_promised_whatever_the_images() -> None:
         assert (quantizer.scale() * quantizer.code_range.hi >= quantizer.reach * 0.999).all()
     image = quantizers["codes_x"]
     assert torch.allclose(image.scale() * 127, torch.full((3,), IMAGE_REACH))
+
+
+def test_a_mean_of_bounded_values_is_as_bounded() -> None:
+    model = captured(NETWORKS["SamePadding"](), SHAPE)
+    pool = next(n for n in model.graph.nodes if isinstance(module_of(model, n), nn.AdaptiveAvgPool2d))
+    assert ceiling_of(model, pool) == 6.0
+
+
+def test_fine_codes_cover_all_that_a_ceiling_allows_and_coarse_ones_what_is_likely() -> None:
+    """Real tails are heavier than a normal distribution's: a clip by its deviations costs more than it saves."""
+    ranges = {}
+    for bits in (4, 8):
+        student = build_student(captured(NETWORKS["SamePadding"](), SHAPE), Quantization(8, bits))
+        calibrate(student, torch.zeros(4, *SHAPE))  # images that show nothing
+        quantizer = student.get_submodule("codes_relu6")
+        assert isinstance(quantizer, ActivationQuantizer)
+        assert quantizer.ceiling == 6.0
+        ranges[bits] = quantizer.scale() * quantizer.code_range.hi
+    assert torch.allclose(ranges[8], torch.full_like(ranges[8], 6.0))
+    assert float(ranges[4].max()) < 6.0
