@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.bench import Bench
 from benchmarks.results_table import Table, spread
-from services.quantizer.config import ActivationGranularity, Quantization, Training, WeightGranularity
+from services.quantizer.config import ActivationGranularity, Quantization, WeightGranularity
 
 
 def ablation(
@@ -54,7 +54,7 @@ def ablation(
         for quantization in [*rows, Quantization(width, width)]:
             before, after = [], []
             for seed in seeds:
-                rate = Training.learning_rate if quantization.deployable else 1e-4
+                rate = None if quantization.deployable else 1e-4
                 measure = bench.exported if quantization.deployable else bench.simulated
                 student = bench.student(quantization, sets[seed].images)
                 before.append(bench.top1(measure(student)))

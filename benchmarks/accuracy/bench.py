@@ -24,6 +24,7 @@ from services.generator.synthesis import SynthesisParameters, Synthesizer
 from services.quantizer.batches import Batch, BatchSource, ReplaySource
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
+from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.integer import to_integer
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking, tracking_paused
@@ -171,8 +172,11 @@ class Bench:
         """Train a student in place; return the seconds that it took."""
         training = training.for_family(quantization)
         teacher = no_grad_copy(self.model.module) if training.feature_weight else None
+        flat = None
+        if teacher is not None and not source.wants_gradients and self.model.pixel_range is not None:
+            flat = FlatAreas(*self.model.pixel_range, training.seed)
         begin = time.monotonic()
-        for _ in Trainer(student, training, GeneratorLosses(), source, teacher).run(lambda progress: None):
+        for _ in Trainer(student, training, GeneratorLosses(), source, teacher, flat).run(lambda progress: None):
             pass
         stop_tracking(student)
         return time.monotonic() - begin
@@ -185,7 +189,7 @@ class Bench:
         iterations: int,
         batch: int,
         seed: int,
-        learning_rate: float = Training.learning_rate,
+        learning_rate: float | None = None,
     ) -> None:
         """Train a student in place on a set, the rate falling as a cosine; 0 iterations leave it as it is."""
         if not iterations:

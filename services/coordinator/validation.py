@@ -22,7 +22,7 @@ def check_spec(spec: coordinator_pb2.PipelineSpec, store: ArtifactStore) -> None
         NotFoundError: The store does not hold an artifact that the spec names.
     """
     _check_model(spec.model)
-    _check_training(spec.training)
+    _check_training(spec.training, simulated=simulation_only(spec))
     _check_generator(spec.synthesis.generator)
     if spec.HasField("dataset"):
         _check_dataset(spec.dataset)
@@ -57,10 +57,12 @@ def _check_model(model: common_pb2.ModelSource) -> None:
         )
 
 
-def _check_training(training: common_pb2.TrainingConfig) -> None:
+def _check_training(training: common_pb2.TrainingConfig, *, simulated: bool) -> None:
     epochs = training.epochs if training.HasField("epochs") else defaults.EPOCHS
     warmup = training.warmup_epochs if training.HasField("warmup_epochs") else defaults.warmup_epochs(epochs)
-    if training.mode != common_pb2.TRAINING_MODE_REPLAY and 0 < epochs <= warmup:
+    unspecified = training.mode == common_pb2.TRAINING_MODE_UNSPECIFIED
+    co_trains = simulated if unspecified else training.mode == common_pb2.TRAINING_MODE_CO_TRAIN
+    if co_trains and 0 < epochs <= warmup:
         raise InvalidArgumentError(
             f"warmup_epochs {warmup} must be below epochs {epochs}: the student learns only after the warm-up",
             field="spec.training.warmup_epochs",

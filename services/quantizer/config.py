@@ -9,6 +9,11 @@ from services.common import defaults
 from services.common.errors import InvalidArgumentError
 
 FEATURE_WEIGHT = 1.0  # of a deployable student, where the request names none
+LEARNING_RATE = 5e-3  # of a deployable student: relative to a tensor's root mean square (``optimizers.py``)
+SIMULATED_LEARNING_RATE = 5e-4
+
+
+_CO_TRAIN = {common_pb2.TRAINING_MODE_CO_TRAIN: True, common_pb2.TRAINING_MODE_REPLAY: False}
 
 
 class ActivationGranularity(enum.Enum):
@@ -138,14 +143,14 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Training:
-    """Quantization-aware training, in the units of the contract."""
+    """Quantization-aware training, in the units of the contract; ``for_family`` fills in what is None."""
 
-    co_train: bool = True
+    co_train: bool | None = None
     epochs: int = defaults.EPOCHS
     iterations_per_epoch: int = 200
     warmup_epochs: int = defaults.warmup_epochs(defaults.EPOCHS)
     batch_size: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     momentum: float = 0.9
     weight_decay: float = 1e-4
     temperature: float = 20.0
@@ -161,22 +166,47 @@ class Training:
         return self.epochs * self.iterations_per_epoch
 
     @property
+    def rate_of_weights(self) -> float:
+        """Learning rate, where it was given or ``for_family`` filled it in."""
+        if self.learning_rate is None:
+            raise ValueError("the learning rate depends on the family of the student: call for_family first")
+        return self.learning_rate
+
+    @property
     def warmup_iterations(self) -> int:
         """First iterations, in which only the generator learns."""
         return min(self.warmup_epochs, self.epochs) * self.iterations_per_epoch if self.co_train else 0
 
     def for_family(self, quantization: Quantization) -> "Training":
-        """Fill in what depends on the family of the student: the published method has no feature distillation."""
-        if self.feature_weight is not None:
-            return self
-        return replace(self, feature_weight=FEATURE_WEIGHT if quantization.deployable else 0.0)
+        """Fill in what depends on the family of the student.
+
+        A simulated one is trained as published: along with the generator, from the logits alone. A deployable one
+        replays the synthetic set, since that lets its images get flat areas, and follows the teacher's features.
+
+        Raises:
+            InvalidArgumentError: warm-up leaves no epoch for the student.
+        """
+        co_train = not quantization.deployable if self.co_train is None else self.co_train
+        if co_train and 0 < self.epochs <= self.warmup_epochs:
+            raise InvalidArgumentError(
+                f"{self.warmup_epochs} warm-up epochs leave none of {self.epochs} for the student; raise epochs",
+                reason="NO_EPOCH_LEFT",
+                field="training.warmup_epochs",
+            )
+        weight, rate = (FEATURE_WEIGHT, LEARNING_RATE) if quantization.deployable else (0.0, SIMULATED_LEARNING_RATE)
+        return replace(
+            self,
+            co_train=co_train,
+            feature_weight=weight if self.feature_weight is None else self.feature_weight,
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+        )
 
     @classmethod
     def from_proto(cls, message: common_pb2.TrainingConfig) -> "Training":
         """Fill in the defaults of the contract.
 
         Raises:
-            InvalidArgumentError: warm-up leaves no epoch for the student, or milestones do not ascend.
+            InvalidArgumentError: milestones do not ascend.
         """
         given = {
             name: getattr(message, name)
@@ -188,17 +218,11 @@ class Training:
         }
         given.setdefault("warmup_epochs", defaults.warmup_epochs(given.get("epochs", defaults.EPOCHS)))
         result = cls(
-            co_train=message.mode != common_pb2.TRAINING_MODE_REPLAY,
+            co_train=_CO_TRAIN.get(message.mode),
             cosine=message.schedule != common_pb2.LEARNING_RATE_SCHEDULE_STEP,
             milestones=tuple(message.milestones),
             **given,
         )
-        if result.co_train and 0 < result.epochs <= result.warmup_epochs:
-            raise InvalidArgumentError(
-                f"{result.warmup_epochs} warm-up epochs leave none of {result.epochs} for the student; raise epochs",
-                reason="NO_EPOCH_LEFT",
-                field="training.warmup_epochs",
-            )
         if list(result.milestones) != sorted(set(result.milestones)):
             raise InvalidArgumentError("milestones must ascend", reason="NOT_ASCENDING", field="training.milestones")
         return result

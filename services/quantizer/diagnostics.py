@@ -178,7 +178,7 @@ def _curve(trainer: Trainer, curve: LossCurve, generator: bool) -> dict[str, Any
         "loss_student": [student for _, student, _ in points],
         "loss_generator": [loss for _, _, loss in points] if generator else None,
         # Of the weights, in the last iteration of the stretch; they rest during warm-up.
-        "rate": [training.learning_rate * trainer.rate(i - 1) if i > warmup else 0.0 for i, _, _ in points],
+        "rate": [training.rate_of_weights * trainer.rate(i - 1) if i > warmup else 0.0 for i, _, _ in points],
     }
 
 

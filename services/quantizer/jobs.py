@@ -17,6 +17,7 @@ from services.quantizer.batches import BatchSource, ReplaySource, SyntheticSet, 
 from services.quantizer.calibrate import calibrate
 from services.quantizer.checkpoint import Checkpoint, load_checkpoint, load_student, save_checkpoint, save_student
 from services.quantizer.config import GeneratorLosses, Quantization, Training
+from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.generator_client import CoTrainSource, opening
 from services.quantizer.integer import float_operations, integer_layers, is_exact, packed_bytes, to_integer
 from services.quantizer.onnx_export import OPSET, export_float, export_trt
@@ -79,7 +80,11 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
         checkpoint = Checkpoint({}, 0, "", 0.0, before)
     source = _open_source(request, training, images, context, device, checkpoint.generator)
     try:
-        trainer = Trainer(student, training, losses, source, teacher if training.feature_weight else None)
+        taught = bool(training.feature_weight)
+        flat = None
+        if taught and not source.wants_gradients and model.pixel_range is not None:
+            flat = FlatAreas(*model.pixel_range, training.seed)
+        trainer = Trainer(student, training, losses, source, teacher if taught else None, flat)
         if checkpoint.tensors:
             trainer.load_state(checkpoint.tensors, checkpoint.iteration)
         _train(trainer, context, lambda: checkpoint.seconds + time.monotonic() - started, checkpoint.before)

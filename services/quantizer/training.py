@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from services.quantizer.batches import BatchSource
 from services.quantizer.config import GeneratorLosses, Training
 from services.quantizer.curve import LossCurve
 from services.quantizer.features import FeatureLoss
+from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.losses import generator_loss, student_loss
-from services.quantizer.student import stop_tracking, trainable
-
-SCALE_LEARNING_RATE = 1e-3  # of Adam on the logarithms of the scales: about 0.1 % a step at most
+from services.quantizer.optimizers import load_optimizer, optimizer_for, optimizer_tensors
+from services.quantizer.student import stop_tracking
 
 
 @dataclass
@@ -48,6 +48,10 @@ class Trainer:
         source: Of the images.
         teacher: Frozen copy of the float model on the student's device, whose features the student is to follow with
             the weight ``training.feature_weight``; None without feature distillation.
+        flat: Gives images flat areas, about which the teacher is then asked; None leaves them as they are.
+
+    Raises:
+        ValueError: flat areas without a teacher, or for a generator, whose gradients belong to its own images.
     """
 
     def __init__(
@@ -57,7 +61,10 @@ class Trainer:
         losses: GeneratorLosses,
         source: BatchSource,
         teacher: fx.GraphModule | None = None,
+        flat: FlatAreas | None = None,
     ) -> None:
+        if flat is not None and (teacher is None or source.wants_gradients):
+            raise ValueError("flat areas need a teacher, and a source that wants no gradients")
         self.student = student
         self.training = training
         self.losses = losses
@@ -65,17 +72,9 @@ class Trainer:
         self.iteration = 0
         self.curve = LossCurve(training.iterations)
         self._epoch = torch.zeros(2, dtype=torch.float64)  # sum and count of L_S in the last epoch
-        weights, scales = trainable(student)
-        self._parameters = weights + scales
-        self._weights = torch.optim.SGD(
-            weights,
-            training.learning_rate,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-            nesterov=training.momentum > 0,
-        )
-        self._scales = torch.optim.Adam(scales, SCALE_LEARNING_RATE) if scales else None
+        self._optimizer = optimizer_for(student, training)
         self._teacher = teacher
+        self._flat = flat
         self._features = FeatureLoss(teacher, student) if teacher is not None else None
 
     def rate(self, iteration: int) -> float:
@@ -97,9 +96,12 @@ class Trainer:
         batch = self.source.next(self.iteration)
         learns = self.iteration >= self.training.warmup_iterations
         images = batch.images.requires_grad_(self.source.wants_gradients)
+        if self._flat is not None:
+            images = self._flat(images, self.iteration)
+        logits = batch.logits.detach()
         if self._teacher is not None and learns:
             with torch.no_grad():
-                self._teacher(images)
+                logits = self._teacher(images)
         student = self.student(images)
         generator = torch.zeros(())
         if self.source.wants_gradients:
@@ -109,7 +111,7 @@ class Trainer:
             by_teacher, by_student = torch.autograd.grad(generator, (teacher, leaf))
             (by_images,) = torch.autograd.grad(student, images, by_student, retain_graph=learns)
             self.source.answer(self.iteration, by_images, by_teacher)
-        loss = student_loss(batch.logits.detach(), student, self.training.temperature)
+        loss = student_loss(logits, student, self.training.temperature)
         if learns:
             weight = self.training.feature_weight or 0.0
             self._learn(loss if self._features is None else loss + weight * self._features())
@@ -119,15 +121,11 @@ class Trainer:
 
     def _learn(self, loss: Tensor) -> None:
         factor = self.rate(self.iteration)
-        self._weights.param_groups[0]["lr"] = self.training.learning_rate * factor
-        self._weights.zero_grad()
-        if self._scales is not None:
-            self._scales.param_groups[0]["lr"] = SCALE_LEARNING_RATE * factor
-            self._scales.zero_grad()
-        loss.backward(inputs=self._parameters)
-        self._weights.step()
-        if self._scales is not None:
-            self._scales.step()
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        self._optimizer.zero_grad()
+        loss.backward(inputs=[p for group in self._optimizer.param_groups for p in group["params"]])
+        self._optimizer.step()
 
     @property
     def last_epoch_loss(self) -> float:
@@ -162,17 +160,13 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Return all tensors that the next iteration depends on, apart from the source's, by name."""
         tensors = {f"student.{name}": value.detach() for name, value in self.student.state_dict().items()}
-        for prefix, optimizer in (("weights", self._weights), ("scales", self._scales)):
-            if optimizer is not None:
-                tensors |= {f"{prefix}.{name}": value for name, value in _optimizer_tensors(optimizer).items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self._optimizer).items()}
         return tensors | {"epoch": self._epoch.clone(), "curve": self.curve.state()}
 
     def load_state(self, tensors: dict[str, Tensor], iteration: int) -> None:
         """Go back to a state that ``state`` returned after ``iteration`` finished iterations."""
         self.student.load_state_dict(_under(tensors, "student."))
-        _load_optimizer(self._weights, _under(tensors, "weights."))
-        if self._scales is not None:
-            _load_optimizer(self._scales, _under(tensors, "scales."))
+        load_optimizer(self._optimizer, _under(tensors, "optimizer."))
         self._epoch = tensors["epoch"].clone()
         self.curve.load_state(tensors["curve"])
         self.iteration = iteration
@@ -182,23 +176,3 @@ class Trainer:
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors as "parameter index.name"."""
-    found = {}
-    for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                found[f"{index}.{name}"] = value
-    return found
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        device = "cpu" if name == "step" else parameter.device
-        optimizer.state[parameter][name] = value.to(device, copy=True)

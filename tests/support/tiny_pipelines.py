@@ -34,6 +34,7 @@ def tiny_spec(client: granq.Client, folder: Path) -> coordinator_pb2.PipelineSpe
     return granq.pipeline_spec(
         granq.model_source(client.upload(export(model, SHAPE, folder / "tiny.pt2"))),
         training=granq.training_config(
+            mode="co-train",
             epochs=3,
             warmup_epochs=1,
             iterations_per_epoch=EPOCH,

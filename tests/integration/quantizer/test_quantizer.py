@@ -25,6 +25,7 @@ from tests.support.servers import ServerProcess
 FRESH = [("grpc.use_local_subchannel_pool", 1)]
 FINAL = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
 SHAPE = (1, 8, 8)
+CO_TRAIN = common_pb2.TRAINING_MODE_CO_TRAIN
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ class Bench:
         raise AssertionError(f"job {job_id} ended without what was waited for:\n{server.log}")
 
     def quantize_request(self, job_id: str, synthetic: str, **training: object) -> quantizer_pb2.StartQuantizeRequest:
-        settings = {"iterations_per_epoch": 10, "batch_size": 8, "checkpoint_interval": 4, **training}
+        settings = {"mode": CO_TRAIN, "iterations_per_epoch": 10, "batch_size": 8, "checkpoint_interval": 4, **training}
         request = quantizer_pb2.StartQuantizeRequest(
             key=jobs_pb2.JobKey(job_id=job_id, pipeline_id="p1"),
             model=self.model,

@@ -20,7 +20,7 @@ MODEL = granq.model_source(artifacts_pb2.Artifact(digest=f"sha256:{'0' * 64}", n
 class Schedule(NamedTuple):
     epochs: int
     warmup_epochs: int
-    learning_rate: float
+    learning_rate: float | None
     milestones: tuple[int, ...]
 
 

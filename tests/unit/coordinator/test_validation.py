@@ -40,15 +40,21 @@ def _margins(made: Spec) -> None:
     made.synthesis.generator.lambda_lower = 0.9
 
 
+def _simulated_without_a_learning_epoch(made: Spec) -> None:
+    made.quantization.activation_granularity = common_pb2.ACTIVATION_GRANULARITY_PER_SAMPLE_CHANNEL
+    made.training.warmup_epochs = 6
+
+
+CO_TRAIN = common_pb2.TRAINING_MODE_CO_TRAIN
 NPZ, IDX = common_pb2.DATASET_FORMAT_NPZ, common_pb2.DATASET_FORMAT_IDX
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (_training(epochs=2, warmup_epochs=2), "spec.training.warmup_epochs"),
-        (_training(epochs=3, warmup_epochs=3), "spec.training.warmup_epochs"),
-        (_training(warmup_epochs=6), "spec.training.warmup_epochs"),
+        (_training(mode=CO_TRAIN, epochs=2, warmup_epochs=2), "spec.training.warmup_epochs"),
+        (_training(mode=CO_TRAIN, epochs=3, warmup_epochs=3), "spec.training.warmup_epochs"),
+        (_simulated_without_a_learning_epoch, "spec.training.warmup_epochs"),
         (_training(milestones=[5, 5]), "spec.training.milestones"),
         (_training(schedule=common_pb2.LEARNING_RATE_SCHEDULE_STEP), "spec.training.milestones"),
         (_margins, "spec.synthesis.generator.lambda_lower"),
@@ -75,8 +81,9 @@ def test_contradictions_are_refused(store: ArtifactStore, change: Callable[[Spec
         _training(),
         _training(epochs=0),
         _training(epochs=1, mode=common_pb2.TRAINING_MODE_REPLAY),
-        _training(epochs=3, warmup_epochs=0),
-        _training(epochs=2),
+        _training(epochs=1),
+        _training(mode=CO_TRAIN, epochs=3, warmup_epochs=0),
+        _training(mode=CO_TRAIN, epochs=2),
         _dataset(path="fashion/test", format=IDX),
         _model(format=common_pb2.MODEL_FORMAT_SAFETENSORS),
     ],

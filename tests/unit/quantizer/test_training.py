@@ -11,9 +11,11 @@ from services.quantizer.batches import Batch, ReplaySource
 from services.quantizer.calibrate import best_scale, calibrate
 from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training, WeightGranularity
 from services.quantizer.fake_quant import DynamicActivation
+from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.losses import generator_loss, student_loss
+from services.quantizer.optimizers import ADAM_BETA2, SCALE_LEARNING_RATE
 from services.quantizer.student import build_student
-from services.quantizer.training import SCALE_LEARNING_RATE, Trainer
+from services.quantizer.training import Trainer
 from tests.support.models import Residual, captured
 
 torch.set_num_threads(1)
@@ -60,23 +62,39 @@ QUANTIZATIONS = [
 ]
 
 
+def published_or_relative(
+    parameters: dict[str, nn.Parameter], *, deployable: bool
+) -> tuple[torch.optim.Optimizer, list[float]]:
+    """The optimizer that training should use, and the rates of its groups before the schedule."""
+    if not deployable:
+        plain = [*parameters.values()]
+        return torch.optim.SGD(plain, 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True), [0.01]
+    groups, rates = [], []
+    for name, value in parameters.items():
+        scale = name.endswith(("log_scale", "log_step"))
+        size = float(value.detach().square().mean().sqrt()) if not scale else 0.0
+        if name.endswith("bias") and size == 0:
+            size = float(parameters[name.removesuffix("bias") + "weight"].detach().square().mean().sqrt())
+        groups.append({"params": [value], "weight_decay": 0.0 if scale else 1e-4})
+        rates.append(SCALE_LEARNING_RATE if scale else 0.01 * size)
+    return torch.optim.AdamW(groups, 0.01, betas=(0.9, ADAM_BETA2)), rates
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=["deployable", "simulated"])
 def test_an_iteration_equals_the_published_sequence(quantization: Quantization) -> None:
     """One run of the student gives what two runs, one for each loss, give."""
-    training = Training(epochs=2, iterations_per_epoch=2, warmup_epochs=1, batch_size=8, learning_rate=0.01)
+    training = Training(
+        co_train=True, epochs=2, iterations_per_epoch=2, warmup_epochs=1, batch_size=8, learning_rate=0.01
+    )
     losses = GeneratorLosses()
     student = student_of(quantization)
     twin = copy.deepcopy(student)
     source = Recorder(batch(), 8, 0, torch.device("cpu"))
     trainer = Trainer(student, training, losses, source)
-    names = [name for name, _ in twin.named_parameters()]
     parameters = dict(twin.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_()
-    weights = [parameters[n] for n in names if not n.endswith(("log_scale", "log_step"))]
-    scales = [parameters[n] for n in names if n.endswith(("log_scale", "log_step"))]
-    sgd = torch.optim.SGD(weights, 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    adam = torch.optim.Adam(scales, SCALE_LEARNING_RATE) if scales else None
+    optimizer, rates = published_or_relative(parameters, deployable=quantization.deployable)
     plain = ReplaySource(batch(), 8, 0, torch.device("cpu"))
     for iteration in range(4):
         trainer.step()
@@ -87,12 +105,11 @@ def test_an_iteration_equals_the_published_sequence(quantization: Quantization) 
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-8)
         if iteration >= 2:
             factor = 0.5 * (1 + math.cos(math.pi * (iteration - 2) / 2))
-            for optimizer in filter(None, (sgd, adam)):
-                optimizer.zero_grad()
-                optimizer.param_groups[0]["lr"] = factor * (0.01 if optimizer is sgd else SCALE_LEARNING_RATE)
+            optimizer.zero_grad()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = factor * rate
             student_loss(data.logits, twin(images.detach()), 20.0).backward()
-            for optimizer in filter(None, (sgd, adam)):
-                optimizer.step()
+            optimizer.step()
         for name, value in student.named_parameters():
             assert torch.allclose(value, parameters[name], rtol=1e-5, atol=1e-7), (iteration, name)
 
@@ -116,6 +133,26 @@ def test_resume_is_bit_equal(quantization: Quantization) -> None:
     assert final.keys() == states[10].keys()
     for name, value in final.items():
         assert torch.equal(value, states[10][name]), name
+
+
+def test_flat_areas_are_asked_of_the_teacher() -> None:
+    """The student's target on an image with flat areas is what the teacher says of that image."""
+    teacher = captured(Residual(), SHAPE)
+    training = Training(co_train=False, epochs=1, iterations_per_epoch=1, batch_size=8, learning_rate=0.01)
+    training = training.for_family(QUANTIZATIONS[0])
+    flat = FlatAreas(-torch.ones(3), torch.ones(3), seed=4)
+    source = ReplaySource(batch(), 8, 0, torch.device("cpu"))
+    trainer = Trainer(student_of(QUANTIZATIONS[0]), training, GeneratorLosses(), source, teacher, flat)
+    twin = copy.deepcopy(trainer.student)
+    images = flat(ReplaySource(batch(), 8, 0, torch.device("cpu")).next(0).images, 0)
+    with torch.no_grad():
+        wanted = student_loss(teacher(images), twin(images), training.temperature)
+    least = -(training.temperature**2) * math.log(10)
+    assert torch.allclose(trainer.step()[0], wanted - least, rtol=1e-4)
+    with pytest.raises(ValueError, match="need a teacher"):
+        Trainer(twin, training, GeneratorLosses(), source, None, flat)
+    with pytest.raises(ValueError, match="no gradients"):
+        Trainer(twin, training, GeneratorLosses(), Recorder(batch(), 8, 0, torch.device("cpu")), teacher, flat)
 
 
 def test_training_lowers_the_loss_and_leaves_batch_norm_statistics() -> None:
@@ -177,8 +214,10 @@ def test_configuration_is_refused_with_the_field() -> None:
     from granq.v1 import common_pb2
 
     with pytest.raises(InvalidArgumentError) as caught:
-        Training.from_proto(common_pb2.TrainingConfig(epochs=2, warmup_epochs=2))
+        Training.from_proto(common_pb2.TrainingConfig(epochs=2, warmup_epochs=2)).for_family(QUANTIZATIONS[1])
     assert caught.value.field == "training.warmup_epochs"
+    replay = Training.from_proto(common_pb2.TrainingConfig(epochs=2, warmup_epochs=2)).for_family(QUANTIZATIONS[0])
+    assert (replay.co_train, replay.warmup_iterations) == (False, 0)
     with pytest.raises(InvalidArgumentError) as caught:
         build_student(captured(Residual(), SHAPE), Quantization(4, 4, overrides={"nope": (8, 8)}))
     assert caught.value.field == "quantization.overrides[0].layer"
