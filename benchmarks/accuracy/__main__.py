@@ -40,11 +40,11 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy wit
 def deployable_command(
     data: Data,
     model: Model = EXAMPLE,
-    bits: Annotated[list[str] | None, typer.Option(help="W/A, repeatable.")] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="W/A, or W/A@training iterations; repeatable.")] = None,
     seeds: Seeds = "0,1,2",
     synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 500,
     images: Annotated[int, typer.Option(help="Synthetic images.")] = 1536,
-    iterations: Annotated[int, typer.Option(help="Training iterations.")] = 300,
+    iterations: Annotated[int, typer.Option(help="Training iterations, where bits name none.")] = 300,
     batch: Annotated[int, typer.Option(help="Images in an iteration.")] = 32,
     mean: Mean = 0.2860,
     std: Std = 0.3530,
@@ -58,11 +58,12 @@ def deployable_command(
     """Accuracy of the exported graph."""
     if threads:
         torch.set_num_threads(threads)
-    pairs = pairs_of(bits or ["8/8", "4/8", "4/4", "3/3", "2/8"])
+    rows = [text.partition("@") for text in bits or ["8/8", "4/8", "4/4", "3/3", "2/8"]]
+    settings = [(*pairs_of([pair])[0], int(own) if own else iterations) for pair, _, own in rows]
     with TemporaryDirectory() as folder:
         bench = open_bench(model, data, mean, std, pad, channels, limit, folder, bounded=bounded)
         numbers = [int(seed) for seed in seeds.split(",")]
-        deployable(bench, pairs, numbers, synthesis_iterations, images, iterations, batch, out)
+        deployable(bench, settings, numbers, synthesis_iterations, images, batch, out)
 
 
 @app.command("agreement")

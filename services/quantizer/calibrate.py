@@ -10,8 +10,9 @@ are not known, since a white pixel of real data often lies beyond the generator'
 more start at their largest magnitude too; below, the few levels are better spent on the clip of least mean squared
 error.
 
-Rounding a weight shifts a layer's output where its input has a mean, as it has behind a ReLU. The shift is known, as
-the mean is (from BatchNorm layers, or else from the synthetic images), and the bias takes it back (Nagel et al. 2019).
+Weights are rounded so that the errors of one output make up for each other (``rounding.py``). Rounding also shifts a
+layer's output where its input has a mean, as it has behind a ReLU. The shift is known, as the mean is (from BatchNorm
+layers, or else from the synthetic images), and the bias takes it back (Nagel et al. 2019).
 """
 
 import math
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
+from services.quantizer.rounding import settle_weights
 
 CLIP_BELOW_BITS = 4  # of weights: see above
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
@@ -62,17 +64,19 @@ def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> Non
 def _set_weight_step(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     if not isinstance(layer, QuantizedLayer):
         raise TypeError(type(layer).__name__)
-    weight = layer.folded_weight().detach().flatten(1)
+    weight = layer.folded_weight().detach()
+    rows = weight.flatten(1)
     clipped = layer.bits.weight < CLIP_BELOW_BITS
-    step = best_scale(weight, -layer.limit, layer.limit) if clipped else weight.abs().amax(1) / layer.limit
+    step = best_scale(rows, -layer.limit, layer.limit) if clipped else rows.abs().amax(1) / layer.limit
     # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
     step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
     layer.log_step.data.copy_(torch.where(step > 0, step, 1.0).log())
-    _correct_bias(layer, args[0])
+    settle_weights(layer, args[0])
+    _correct_bias(layer, weight, args[0])
 
 
-def _correct_bias(layer: QuantizedLayer, codes: Tensor) -> None:
-    """Take back what the rounding of the weights adds to the layer's mean output."""
+def _correct_bias(layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
+    """Take back what the rounding of the folded weight adds to the layer's mean output."""
     quantizer = layer.quantizer
     if quantizer.mean is None:
         mean = codes.mean(tuple(d for d in range(codes.dim()) if d != 1))
@@ -80,7 +84,7 @@ def _correct_bias(layer: QuantizedLayer, codes: Tensor) -> None:
         codes_of_mean = quantizer.mean.to(codes.device) / quantizer.scale()
         mean = codes_of_mean.clamp(quantizer.code_range.lo, quantizer.code_range.hi)
     step = layer.log_step.exp().view(-1, *[1] * (layer.weight.dim() - 1))
-    error = layer.folded_weight() - layer.weight_codes() * step
+    error = weight - layer.weight_codes() * step
     layer.bias.data.add_((error * layer.by_input(mean)).flatten(1).sum(1))
 
 

@@ -84,6 +84,7 @@ def trainer(weight: float) -> Trainer:
     calibrate(student, data)
     training = Training(
         co_train=False,
+        learning_rate=5e-3,
         epochs=2,
         iterations_per_epoch=10,
         batch_size=12,

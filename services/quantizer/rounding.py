@@ -1,0 +1,129 @@
+"""Rounding of weights that makes one weight's rounding error take back another's.
+
+Rounded one by one, the errors of a layer's weights add up as if its inputs were independent. They are not: neighbouring
+pixels are alike, and so are many channels. With Σ the covariance of the codes that the layer reads, the error of one
+output is r·Σ·rᵀ for the vector r of rounding errors, and codes further than the nearest can make it much smaller. They
+are found one column after the other: the error of a column moves the columns that are not rounded yet to where they
+make up for it best, which the Cholesky factor of Σ⁻¹ says in closed form (Hassibi & Stork 1993; Frantar et al. 2023).
+The mean of the inputs is left out of Σ, since the bias takes back what it does.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from services.quantizer.learned import QuantizedConv2d, QuantizedLayer
+
+DAMPING = 0.01  # of the covariance's mean diagonal, added to it: keeps the solution from trusting it to the last digit
+LARGEST = (
+    4608  # weights of an output channel, 512×3×3; the covariance of more (a classifier on a whole map) is too large
+)
+POSITIONS = 784  # of an image that are looked at, 28×28, evenly spread; neighbours tell the same
+BLOCK = 64  # columns between two updates of all that follow
+CHUNK = 8  # images that are unfolded at a time
+INSIDE = 0.49  # how far from a code a weight may stay: it rounds to the code and is least changed
+
+
+def covariance(layer: QuantizedLayer, codes: Tensor) -> tuple[Tensor, int]:
+    """Return the covariance of what each weight of an output channel multiplies, and how many samples it is from.
+
+    Args:
+        layer: The layer.
+        codes: What it reads, N×C×H×W or N×F.
+
+    Returns:
+        float64 G×K×K, for G groups of channels and K weights of an output channel; the number of samples.
+    """
+    groups = layer.groups if isinstance(layer, QuantizedConv2d) else 1
+    width = layer.weight[0].numel()
+    square = torch.zeros(groups, width, width, dtype=torch.float64, device=codes.device)
+    total = square.new_zeros(groups, width)
+    samples = 0
+    for part in codes.split(CHUNK if codes.dim() == 4 else max(1, len(codes))):
+        seen = _patches(layer, part, groups, width)
+        square += (seen @ seen.transpose(1, 2)).double()
+        total += seen.sum(2).double()
+        samples += seen.shape[2]
+    mean = total / samples
+    return square / samples - mean[:, :, None] * mean[:, None, :], samples
+
+
+def _patches(layer: QuantizedLayer, codes: Tensor, groups: int, width: int) -> Tensor:
+    """Return what the weights multiply, G×K×samples."""
+    if not isinstance(layer, QuantizedConv2d):
+        return codes.t().unsqueeze(0)
+    kernel: tuple[int, ...] = tuple(layer.weight.shape[2:])
+    padding: tuple[int, ...] = layer.padding  # type: ignore[assignment]  # numbers: model intake makes them so
+    stride: tuple[int, ...] = tuple(layer.stride)
+    sizes = [
+        (size + 2 * pad - dilation * (side - 1) - 1) // step + 1
+        for size, pad, dilation, side, step in zip(
+            codes.shape[2:], padding, layer.dilation, kernel, layer.stride, strict=True
+        )
+    ]
+    every = max(1, round((sizes[0] * sizes[1] / POSITIONS) ** 0.5))
+    stride = tuple(step * every for step in stride)
+    if kernel == (1, 1) and not any(padding):
+        rows = codes[:, :, :: stride[0], :: stride[1]].flatten(2)
+    else:
+        rows = F.unfold(codes.contiguous(), kernel, layer.dilation, padding, stride)
+    return rows.reshape(len(codes), groups, width, -1).permute(1, 2, 0, 3).reshape(groups, width, -1)
+
+
+def compensated_codes(weight: Tensor, covariance: Tensor, limit: int) -> Tensor:
+    """Return integer codes of ``weight`` whose errors make up for each other.
+
+    Args:
+        weight: In units of the step, float G×O×K.
+        covariance: Of the inputs, float64 G×K×K, positive definite.
+        limit: Largest magnitude of a code.
+
+    Returns:
+        Codes, shaped and typed as the weight, in [−limit, limit].
+    """
+    # The columns that matter most go first, while there are many left to make up for them.
+    order = covariance.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    rows = order[:, :, None].expand_as(covariance)
+    sorted_covariance = covariance.gather(1, rows).gather(2, rows.transpose(1, 2))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(sorted_covariance))
+    factor = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    columns = order[:, None, :].expand_as(weight)
+    rest = weight.gather(2, columns)
+    codes = torch.empty_like(rest)
+    width = rest.shape[2]
+    for begin in range(0, width, BLOCK):
+        end = min(begin + BLOCK, width)
+        block, errors = rest[:, :, begin:end].clone(), torch.empty_like(rest[:, :, begin:end])
+        for index in range(end - begin):
+            column = begin + index
+            code = block[:, :, index].round().clamp(-limit, limit)
+            errors[:, :, index] = (block[:, :, index] - code) / factor[:, column, column, None]
+            codes[:, :, column] = code
+            block[:, :, index + 1 :] -= errors[:, :, index, None] * factor[:, column, None, column + 1 : end]
+        rest[:, :, end:] -= errors @ factor[:, begin:end, end:]
+    return torch.empty_like(codes).scatter_(2, columns, codes)
+
+
+@torch.no_grad()
+def settle_weights(layer: QuantizedLayer, codes: Tensor) -> None:
+    """Move a layer's weights to where they round to codes whose errors make up for each other, in place.
+
+    Args:
+        layer: Its step is set. One with more than ``LARGEST`` weights in an output channel is left as it is.
+        codes: What it reads, N×C×H×W or N×F.
+    """
+    if layer.weight[0].numel() > LARGEST:
+        return
+    seen, samples = covariance(layer, codes)
+    groups, width, _ = seen.shape
+    level = seen.diagonal(dim1=1, dim2=2).mean(1)
+    # Few samples leave directions unseen, in which errors would look free: the fewer, the less the covariance counts.
+    level = level * (DAMPING + width / samples)
+    level = torch.where(level > 0, level, 1.0)
+    seen += torch.diag_embed(level[:, None].expand(groups, width))
+    step = layer.log_step.detach().exp()
+    flat = (layer.folded_weight().detach().flatten(1) / step[:, None]).view(groups, -1, width)
+    wanted = compensated_codes(flat, seen, layer.limit)
+    settled = torch.minimum(torch.maximum(flat, wanted - INSIDE), wanted + INSIDE)
+    settled = settled.view(len(step), width) * step[:, None]
+    layer.weight.data.copy_(settled.view_as(layer.weight) / layer.input_scale())
