@@ -105,7 +105,12 @@ def channels_of(node: fx.Node) -> int:
 def insert_module(
     graph_module: fx.GraphModule, after: fx.Node, source: fx.Node, name: str, module: nn.Module
 ) -> fx.Node:
-    """Register ``module`` as ``name`` and call it on ``source`` right after node ``after``; return the new node."""
+    """Register ``module`` as ``name`` and call it on ``source`` right after node ``after``; return the new node.
+
+    Where ``name`` is taken, underscores make it free.
+    """
+    while hasattr(graph_module, name):
+        name += "_"
     graph_module.add_submodule(name, module)
     with graph_module.graph.inserting_after(after):
         node = graph_module.graph.call_module(name, (source,))
