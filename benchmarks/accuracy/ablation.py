@@ -3,7 +3,7 @@
 The simulated rows have the same synthetic set and the same training, and differ in one thing at a time. So those of one
 bit width may be subtracted: PER_KERNEL minus PER_OUTPUT_CHANNEL is what weights give that no engine can
 quantize so; PER_SAMPLE_CHANNEL minus PER_CHANNEL is what ranges of each sample give beyond static ones. The last
-row of a width is the deployable form with its own defaults (rate, feature distillation), as the goal to compare with.
+row of a width is the deployable form with its own defaults (optimizer, features, flat areas), to compare with.
 """
 
 from collections.abc import Sequence

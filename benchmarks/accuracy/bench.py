@@ -172,9 +172,7 @@ class Bench:
         """Train a student in place; return the seconds that it took."""
         training = training.for_family(quantization)
         teacher = no_grad_copy(self.model.module) if training.feature_weight else None
-        flat = None
-        if teacher is not None and not source.wants_gradients and self.model.pixel_range is not None:
-            flat = FlatAreas(*self.model.pixel_range, training.seed)
+        flat = FlatAreas.suiting(training, source, self.model.pixel_range)
         begin = time.monotonic()
         for _ in Trainer(student, training, GeneratorLosses(), source, teacher, flat).run(lambda progress: None):
             pass

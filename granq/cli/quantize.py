@@ -67,7 +67,9 @@ def quantize(
     ] = None,
     mode: Annotated[
         Mode | None,
-        typer.Option(help="Where training images come from. Default: replay.", rich_help_panel=TRAIN),
+        typer.Option(
+            help="Where training images come from. Default: replay; co-train for simulations.", rich_help_panel=TRAIN
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs, warm-up included.", rich_help_panel=TRAIN)] = None,
     warmup_epochs: Annotated[
@@ -76,7 +78,8 @@ def quantize(
     iterations: Annotated[int | None, typer.Option(help="Iterations in an epoch.", rich_help_panel=TRAIN)] = None,
     batch: Annotated[int | None, typer.Option(help="Images in an iteration.", rich_help_panel=TRAIN)] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Initial learning rate, relative to each tensor.", rich_help_panel=TRAIN)
+        float | None,
+        typer.Option(help="Initial learning rate: relative to a tensor's size, or SGD's.", rich_help_panel=TRAIN),
     ] = None,
     feature_weight: Annotated[
         float | None, typer.Option(help="Weight of feature distillation.", rich_help_panel=TRAIN)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.quantizer.batches import BatchSource
+from services.quantizer.config import Training
+
 SHARE = 0.5  # of the images, that get flat ground
 BLACK, WHITE = 0.5, 0.25  # shares of the grounds; the others lie between the two
 LEAST_SIDE = 0.25  # of the rectangle that stays, relative to the image's
@@ -31,6 +34,18 @@ class FlatAreas:
     black: Tensor
     white: Tensor
     seed: int = 0
+
+    @classmethod
+    def suiting(
+        cls, training: Training, source: BatchSource, pixel_range: tuple[Tensor, Tensor] | None
+    ) -> "FlatAreas | None":
+        """Return those of a training, or None where it has none.
+
+        They take a teacher to ask (feature distillation), images that no generator learns from, and known colours.
+        """
+        if not training.feature_weight or source.wants_gradients or pixel_range is None:
+            return None
+        return cls(*pixel_range, training.seed)
 
     def __call__(self, images: Tensor, number: int) -> Tensor:
         """Return a copy of images N×C×H×W with flat areas; the same ``number`` (≥ 0) draws the same ones."""

@@ -80,11 +80,8 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
         checkpoint = Checkpoint({}, 0, "", 0.0, before)
     source = _open_source(request, training, images, context, device, checkpoint.generator)
     try:
-        taught = bool(training.feature_weight)
-        flat = None
-        if taught and not source.wants_gradients and model.pixel_range is not None:
-            flat = FlatAreas(*model.pixel_range, training.seed)
-        trainer = Trainer(student, training, losses, source, teacher if taught else None, flat)
+        flat = FlatAreas.suiting(training, source, model.pixel_range)
+        trainer = Trainer(student, training, losses, source, teacher if training.feature_weight else None, flat)
         if checkpoint.tensors:
             trainer.load_state(checkpoint.tensors, checkpoint.iteration)
         _train(trainer, context, lambda: checkpoint.seconds + time.monotonic() - started, checkpoint.before)
