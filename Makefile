@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Passed on: make demo ARGS="--iterations 50", make test ARGS="-k client"
 ARGS ?=
+# Test files that run at the same time; each worker takes about 1 GiB.
+TEST_WORKERS ?= 2
 # Debian keeps the programs of a PostgreSQL server, which tests start, off the PATH.
 POSTGRES_BIN = $(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin)))
 CONTRACT := pyproject.toml hatch_build.py $(wildcard protos/granq/v1/*.proto)
@@ -45,7 +47,7 @@ demo: $(VENV)/.installed ## Quantize the example model through four real servers
 
 test: $(VENV)/.installed-dev ## Run all tests; ARGS go to pytest
 	@tools/apt.sh dataset-fashion-mnist postgresql || echo "tests that need these packages will skip" >&2
-	PATH="$$PATH:$(POSTGRES_BIN)" $(BIN)/python -m pytest $(ARGS)
+	PATH="$$PATH:$(POSTGRES_BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, import rules and the contract
 	$(BIN)/ruff check .

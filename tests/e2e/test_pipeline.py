@@ -39,7 +39,7 @@ class Deployment:
     client: granq.Client
     spec: coordinator_pb2.PipelineSpec
 
-    def watch(self, pipeline_id: str, seconds: float = 100.0) -> Iterator[Event]:
+    def watch(self, pipeline_id: str, seconds: float = 240.0) -> Iterator[Event]:
         return self.client.watch(pipeline_id, timeout=seconds)
 
     def logs(self) -> str:
