@@ -1,14 +1,14 @@
-"""Opens the coordinator's database, SQLite or PostgreSQL, and brings its tables up."""
+"""Opens the coordinator's database, SQLite or PostgreSQL."""
 
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
-from services.common.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from services.coordinator.tables import SCHEMA_VERSION, Base, SchemaRow
+from services.common.errors import InvalidArgumentError, UnavailableError
+from services.coordinator.schema import upgrade
 
 _BUSY_SECONDS = 30
 
@@ -62,18 +62,17 @@ def database_engine(url: URL) -> Engine:
 
 
 def prepare_database(engine: Engine) -> None:
-    """Create the tables that are missing.
+    """Make the tables, or bring those of an older coordinator up.
 
     Raises:
         UnavailableError: The database cannot be reached or written.
-        FailedPreconditionError: The tables were written by another version of the coordinator.
+        FailedPreconditionError: A newer coordinator changed the tables.
     """
     path = sqlite_path(engine.url)
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        Base.metadata.create_all(engine)
-        _check_version(engine)
+        upgrade(engine)
     except (DBAPIError, OSError) as error:
         raise UnavailableError(
             f"the database {engine.url.render_as_string()} cannot be used: {error}", reason="DATABASE_UNAVAILABLE"
@@ -95,21 +94,3 @@ def read_session(engine: Engine) -> Session:
 def _begin_sqlite(connection: Connection) -> None:
     reads = connection.get_execution_options().get("granq_reads", False)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-
-def _check_version(engine: Engine) -> None:
-    with Session(engine) as session:
-        found = session.scalars(select(SchemaRow.version)).one_or_none()
-        if found is None:
-            session.add(SchemaRow(version=SCHEMA_VERSION))
-            try:
-                session.commit()
-            except IntegrityError:  # another coordinator started at the same moment and wrote the row
-                session.rollback()
-                found = session.scalars(select(SchemaRow.version)).one()
-    if found is not None and found != SCHEMA_VERSION:
-        raise FailedPreconditionError(
-            f"the database's tables have version {found}, this coordinator needs {SCHEMA_VERSION}; "
-            "run the version that wrote them, or give another database_url",
-            field="database_url",
-        )

@@ -16,7 +16,7 @@ from services.common.errors import (
 from services.coordinator.database import database_engine, parse_url, prepare_database
 from services.coordinator.repository import Position
 from services.coordinator.transitions import State
-from tests.support.pipelines import ME, Database, spec, sqlite_url
+from tests.support.pipelines import ME, Database, spec
 
 
 def test_equal_requests_make_one_pipeline_even_at_once(database: Database) -> None:
@@ -88,16 +88,6 @@ def test_databases_that_cannot_serve_are_refused(url: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         parse_url(url)
     assert caught.value.field == "database_url"
-
-
-def test_tables_of_another_version_are_refused(tmp_path: Path) -> None:
-    engine = database_engine(parse_url(sqlite_url(tmp_path)))
-    prepare_database(engine)
-    with engine.begin() as connection:
-        connection.execute(text("UPDATE coordinator_schema SET version = 99"))
-    with pytest.raises(FailedPreconditionError, match="99"):
-        prepare_database(engine)
-    engine.dispose()
 
 
 def test_a_database_that_cannot_be_written_is_told(tmp_path: Path) -> None:

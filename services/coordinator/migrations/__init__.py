@@ -1,0 +1,1 @@
+"""Revisions of the coordinator's tables; `services/coordinator/schema.py` runs them, at every start."""

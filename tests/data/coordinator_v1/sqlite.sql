@@ -1,0 +1,54 @@
+BEGIN TRANSACTION;
+CREATE TABLE coordinator_schema (
+	version INTEGER NOT NULL, 
+	PRIMARY KEY (version)
+);
+INSERT INTO "coordinator_schema" VALUES(1);
+CREATE TABLE pipeline_events (
+	pipeline_id VARCHAR(64) NOT NULL, 
+	sequence BIGINT NOT NULL, 
+	time BIGINT NOT NULL, 
+	state INTEGER NOT NULL, 
+	stage INTEGER NOT NULL, 
+	progress BLOB, 
+	failure BLOB, 
+	PRIMARY KEY (pipeline_id, sequence), 
+	FOREIGN KEY(pipeline_id) REFERENCES pipelines (pipeline_id) ON DELETE CASCADE
+);
+INSERT INTO "pipeline_events" VALUES('20261124-155156-d438d2b064',1,1795535516383210,1,0,NULL,NULL);
+INSERT INTO "pipeline_events" VALUES('20261124-155156-d438d2b064',2,1795535516392642,2,1,NULL,NULL);
+INSERT INTO "pipeline_events" VALUES('20261124-155156-d438d2b064',3,1795535516403512,2,2,NULL,NULL);
+INSERT INTO "pipeline_events" VALUES('20261124-155156-d438d2b064',4,1795535516415234,2,2,X'0A08747261696E696E6710071864',NULL);
+CREATE TABLE pipeline_jobs (
+	pipeline_id VARCHAR(64) NOT NULL, 
+	job_id VARCHAR(128) NOT NULL, 
+	worker VARCHAR(32) NOT NULL, 
+	run_id VARCHAR(64) NOT NULL, 
+	sequence BIGINT NOT NULL, 
+	PRIMARY KEY (pipeline_id, job_id), 
+	FOREIGN KEY(pipeline_id) REFERENCES pipelines (pipeline_id) ON DELETE CASCADE
+);
+INSERT INTO "pipeline_jobs" VALUES('20261124-155156-d438d2b064','job-a','generator','run',3);
+CREATE TABLE pipelines (
+	pipeline_id VARCHAR(64) NOT NULL, 
+	request_id VARCHAR(128), 
+	spec BLOB NOT NULL, 
+	state INTEGER NOT NULL, 
+	stage INTEGER NOT NULL, 
+	attempt INTEGER NOT NULL, 
+	executor_id VARCHAR(128) NOT NULL, 
+	last_sequence BIGINT NOT NULL, 
+	progress BLOB, 
+	failure BLOB, 
+	results BLOB NOT NULL, 
+	finished_stages INTEGER NOT NULL, 
+	create_time BIGINT NOT NULL, 
+	start_time BIGINT, 
+	end_time BIGINT, 
+	PRIMARY KEY (pipeline_id), 
+	UNIQUE (request_id)
+);
+INSERT INTO "pipelines" VALUES('20261124-155156-d438d2b064','nightly',X'0A5A0A490A477368613235363A616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161616161611A087265736E657432302A030320201204080410043A0474657374',2,2,1,'coordinator-under-test',4,X'0A08747261696E696E6710071864',NULL,X'',2,1795535516379457,1795535516392625,NULL);
+CREATE INDEX pipelines_by_state ON pipelines (state, create_time, pipeline_id);
+CREATE INDEX pipelines_newest ON pipelines (create_time, pipeline_id);
+COMMIT;
