@@ -1,12 +1,16 @@
-"""Build hook: compiles protos/ to Python stubs under granq/v1 for wheels and editable installs.
+"""Build hook: compiles protos/ to Python stubs under granq/v1, and the CPU kernels, for wheels and editable installs.
 
 The request rules (protovalidate options) stay in the descriptors as plain bytes, while the import of
 buf/validate/validate.proto is dropped. So the generated modules need protobuf alone, a client installs nothing more,
 and servers that have protovalidate still find the rules.
 """
 
+import hashlib
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,8 +83,38 @@ def generate(root: Path) -> None:
     (output / "__init__.py").write_text('"""Stubs generated from protos/granq/v1."""\n')
 
 
+def compile_kernels(root: Path) -> bool:
+    """Compile the quantizer's CPU kernels beside their source; return whether there are any now.
+
+    A machine without a C++ compiler gets none, and the quantizer computes the same in plain PyTorch, more slowly.
+    """
+    source = root / "services" / "quantizer" / "kernels" / "cpu.cpp"
+    # Named by its source, so that a library of other source is never loaded.
+    library = source.with_name(f"_cpu_{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so")
+    if library.exists():
+        return True
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        sys.stderr.write("no C++ compiler (Debian: g++): the quantizer's CPU kernels are left out\n")
+        return False
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti"]
+    flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    with TemporaryDirectory(dir=source.parent) as folder:
+        compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
+        # In two steps, so that OpenMP's library is not linked: PyTorch brings its own.
+        for arguments in ([*flags, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]):
+            run = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+            if run.returncode != 0:
+                sys.stderr.write(f"the quantizer's CPU kernels do not compile and are left out:\n{run.stderr}")
+                return False
+        for old in source.parent.glob("_cpu_*.so"):
+            old.unlink(missing_ok=True)
+        linked.replace(library)
+    return True
+
+
 class ContractBuildHook(BuildHookInterface[Any]):
-    """Generates the stubs before hatchling collects the files."""
+    """Generates the stubs and compiles the kernels before hatchling collects the files."""
 
     PLUGIN_NAME = "custom"
 
@@ -88,7 +122,13 @@ class ContractBuildHook(BuildHookInterface[Any]):
         """Run for every build of a wheel; an sdist carries the protos instead."""
         if self.target_name == "wheel":
             generate(Path(self.root))
+            if compile_kernels(Path(self.root)):
+                # The kernels know nothing of Python, only of the processor.
+                build_data["pure_python"] = False
+                platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+                build_data["tag"] = f"py3-none-{platform}"
 
 
 if __name__ == "__main__":
     generate(Path(__file__).parent)
+    compile_kernels(Path(__file__).parent)

@@ -7,7 +7,11 @@ ARG DEBIAN=bookworm
 
 FROM python:${PYTHON_VERSION}-slim-${DEBIAN} AS builder
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
-RUN pip install --no-cache-dir uv==0.13.9 && uv venv /opt/granq
+# g++ compiles the quantizer's CPU kernels; it stays in this stage.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/* \
+    && pip install --no-cache-dir uv==0.13.9 && uv venv /opt/granq
 WORKDIR /source
 # Dependencies come before sources: this layer changes with pyproject.toml alone.
 COPY pyproject.toml ./

@@ -11,9 +11,9 @@ and for weights O×I×k×k (or O×F)
     PER_OUTPUT_CHANNEL   w[o]                             ranges O×1×1×1
     PER_KERNEL           w[o, i] (a linear row as a whole) ranges O×I×1×1
 
-All groups are done at once by one reduction and one elementwise pass; nothing loops over channels. No integer engine
-can run PER_SAMPLE_CHANNEL or PER_KERNEL: they are here to reproduce published figures. ``learned.py`` has the form
-that an engine runs.
+All groups are done at once, by one fused kernel where the installation has it (``kernels``); nothing loops over
+channels. No integer engine can run PER_SAMPLE_CHANNEL or PER_KERNEL: they are here to reproduce published figures.
+``learned.py`` has the form that an engine runs.
 
 Example, one group at 2 bits: x = (0, 1, 2, 3) has lo = 0, hi = 3, scale S = 3/3 = 1, zero point Z = 0 + 2, codes
 round(x − 2) = (−2, −1, 0, 1), and (q + Z)/S gives x back exactly.
@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from services.quantizer import kernels
 from services.quantizer.config import ActivationGranularity, WeightGranularity
-
-SPAN_FLOOR = 1e-8  # of the equations: keeps the scale of a constant group finite
-OVERFLOW_RATIO = 1e-35  # span to magnitude below which scale·value would leave float32; only values above 1e27 meet it
+from services.quantizer.kernels.eager import round_to_grid
 
 
 def group_range(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -48,23 +47,27 @@ def group_range(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize; the gradient passes straight through, so ranges get none."""
+    """Round to the grid of each group's own range; the gradient passes straight through, so ranges get none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, clamp: bool) -> Tensor:
-        span = (hi - lo).clamp_min(SPAN_FLOOR)
-        span = torch.maximum(span, torch.maximum(lo.abs(), hi.abs()) * OVERFLOW_RATIO)
-        scale = (2**bits - 1) / span
-        zero_point = torch.round(scale * lo) + 2 ** (bits - 1)
-        codes = (x * scale).sub_(zero_point).round_()
-        if clamp:
-            codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        result: Tensor = codes.add_(zero_point).div_(scale)
-        return result
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
+        return kernels.fake_quantize(x, dims, bits)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return grads[0], None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """Round to the grid of given ranges and clip; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
+        return round_to_grid(x, lo, hi, bits, clamp=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
 
 
 def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
@@ -81,8 +84,7 @@ def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
     Raises:
         ValueError: as ``group_range``.
     """
-    lo, hi = group_range(x.detach(), dims)
-    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, False)
+    result: Tensor = _FakeQuantize.apply(x, dims, bits)
     return result
 
 
@@ -142,7 +144,7 @@ class DynamicActivation(nn.Module):
             )
         correction = 1 - self.BETA**self.steps
         lo, hi = (self._spread(range_ / correction, x.dim()) for range_ in (self.lo, self.hi))
-        result: Tensor = _FakeQuantize.apply(x, lo, hi, self.bits, True)
+        result: Tensor = _RoundToGrid.apply(x, lo, hi, self.bits)
         return result
 
     @staticmethod

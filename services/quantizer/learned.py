@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from services.quantizer import kernels
 from services.quantizer.config import LayerBits
 
 
@@ -58,25 +59,14 @@ class _Codes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, log_scale: Tensor, lo: int, hi: int) -> Tensor:
         inverse = torch.exp(-log_scale)
-        scaled = v * inverse
-        codes = scaled.round().clamp_(lo, hi)
-        ctx.save_for_backward(scaled, inverse)
+        ctx.save_for_backward(v, inverse)
         ctx.range = (lo, hi)
-        return codes
+        return kernels.codes(v, inverse, lo, hi)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
-        scaled, inverse = ctx.saved_tensors
-        lo, hi = ctx.range
-        clipped = scaled.clamp(lo, hi)
-        inside = clipped == scaled
-        grad_log_scale = None
-        if ctx.needs_input_grad[1]:
-            error = torch.where(inside, scaled.round() - scaled, clipped)
-            grad_log_scale = (grad * error).sum_to_size(inverse.shape)
-        grad_v = (grad * inverse).mul_(inside) if ctx.needs_input_grad[0] else None
-        return grad_v, grad_log_scale, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        v, inverse = ctx.saved_tensors
+        return *kernels.codes_backward(grads[0], v, inverse, *ctx.range), None, None
 
 
 class _RoundThrough(torch.autograd.Function):

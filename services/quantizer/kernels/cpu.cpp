@@ -1,0 +1,299 @@
+// Fused quantization kernels for CPUs: each reads its input from memory once and writes its output once.
+//
+// No header of Python or PyTorch is included, so that one build serves all their versions. OpenMP's symbols are left
+// open and found in the library that PyTorch brings, whose threads are then shared. hatch_build.py builds it.
+//
+// Results equal those of eager.py bit for bit, apart from the order of sums. That takes -ffp-contract=off: a fused
+// multiply-add rounds once where two operations round twice.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__linux__)
+// The widest instructions are chosen when the library is loaded, so that it may be built on another machine.
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default"), visibility("hidden")))
+#else
+#define CLONES __attribute__((visibility("hidden")))
+#endif
+
+namespace {
+
+constexpr float SPAN_FLOOR = 1e-8f;           // as in eager.py
+constexpr float OVERFLOW_RATIO = 1e-35f;      // as in eager.py
+constexpr uint32_t NOT_FINITE = 0xff000000u;  // such bits of infinity; NaN has more
+constexpr int LANES = 32;                     // values that a loop keeps in registers
+constexpr int64_t ROWS = 64;                  // values of a channel that are summed in float before they go to a double
+constexpr int64_t CHUNK = 1 << 15;            // values of a long group that one task takes
+constexpr int64_t GRAIN = 1 << 15;            // values below which one thread is faster than several
+
+struct bfloat16 { uint16_t bits; };
+
+template <class To, class From>
+INLINE To as(From value) {
+    To bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+INLINE float load(const float *at) { return *at; }
+INLINE float load(const bfloat16 *at) { return as<float>(uint32_t(at->bits) << 16); }
+INLINE void store(float *at, float value) { *at = value; }
+INLINE void store(bfloat16 *at, float value) {
+    const uint32_t bits = as<uint32_t>(value);
+    at->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // half to even
+}
+INLINE float least(float a, float b) { return a < b ? a : b; }  // b where one of them is NaN
+INLINE float most(float a, float b) { return a > b ? a : b; }
+
+struct Range {
+    float lo = INFINITY, hi = -INFINITY;
+    uint32_t top = 0;  // largest magnitude, as bits without the sign, shifted left by one
+
+    void join(const Range &other) {
+        lo = least(other.lo, lo), hi = most(other.hi, hi), top = other.top > top ? other.top : top;
+    }
+};
+
+struct Grid { float scale, zero_point; bool finite; };
+
+INLINE Grid grid_of(const Range &range, int bits) {
+    float span = range.hi - range.lo;
+    const bool finite = range.top < NOT_FINITE && span <= 3.402823466e38f;
+    span = most(span, SPAN_FLOOR);
+    span = most(span, most(std::fabs(range.lo), std::fabs(range.hi)) * OVERFLOW_RATIO);
+    // PyTorch divides a number by a tensor in this way.
+    const float scale = (1.0f / span) * float((1 << bits) - 1);
+    return {scale, std::rint(scale * range.lo) + float(1 << (bits - 1)), finite};
+}
+
+INLINE float rounded(float v, float scale, float zero_point) {
+    return (std::rint(v * scale - zero_point) + zero_point) / scale;
+}
+
+template <int W>
+struct Ranges {
+    float lo[W], hi[W];
+    uint32_t top[W];
+
+    Range operator[](int j) const { return {lo[j], hi[j], top[j]}; }
+};
+
+// Ranges of W columns; a column's values are `stride` apart.
+template <int W, class T>
+INLINE Ranges<W> measure(const T *x, int64_t rows, int64_t stride) {
+    Ranges<W> found;
+    for (int j = 0; j < W; j++) found.lo[j] = INFINITY, found.hi[j] = -INFINITY, found.top[j] = 0;
+    for (int64_t r = 0; r < rows; r++, x += stride)
+        for (int j = 0; j < W; j++) {
+            const float v = load(x + j);
+            const uint32_t bits = as<uint32_t>(v) << 1;
+            found.lo[j] = least(v, found.lo[j]), found.hi[j] = most(v, found.hi[j]);
+            found.top[j] = bits > found.top[j] ? bits : found.top[j];
+        }
+    return found;
+}
+
+// Range of `length` values in a row, W at a time.
+template <int W, class T>
+INLINE Range measure_row(const T *x, int64_t length) {
+    const Ranges<W> lanes = measure<W>(x, length / W, W);
+    Range all;
+    for (int j = 0; j < W; j++) all.join(lanes[j]);
+    if constexpr (W > 1)
+        if (length % W) all.join(measure_row<W == LANES ? 8 : 1>(x + length / W * W, length % W));
+    return all;
+}
+
+template <int W, class T>
+INLINE bool quantize_columns(const T *__restrict x, T *__restrict y, int64_t rows, int64_t stride, int bits) {
+    const Ranges<W> ranges = measure<W>(x, rows, stride);
+    float scale[W], zero_point[W];
+    bool finite = true;
+    for (int j = 0; j < W; j++) {
+        const Grid grid = grid_of(ranges[j], bits);
+        scale[j] = grid.scale, zero_point[j] = grid.zero_point, finite &= grid.finite;
+    }
+    for (int64_t r = 0; r < rows; r++, x += stride, y += stride)
+        for (int j = 0; j < W; j++) store(y + j, rounded(load(x + j), scale[j], zero_point[j]));
+    return finite;
+}
+
+// Codes of W columns, and their gradients. NaN stays NaN.
+template <int W>
+INLINE void code_columns(const float *__restrict v, float *__restrict q, int64_t rows, int64_t stride,
+                         const float *inverses, float lo, float hi) {
+    float inverse[W];
+    for (int j = 0; j < W; j++) inverse[j] = inverses[j];
+    for (int64_t r = 0; r < rows; r++, v += stride, q += stride)
+        for (int j = 0; j < W; j++) {
+            const float code = std::rint(v[j] * inverse[j]);
+            q[j] = least(hi, most(lo, code));
+        }
+}
+
+template <int W>
+INLINE void grad_columns(const float *__restrict g, const float *__restrict v, float *__restrict out, int64_t rows,
+                         int64_t stride, const float *inverses, float lo, float hi, double *sums) {
+    float inverse[W], sum[W];
+    for (int j = 0; j < W; j++) inverse[j] = inverses[j], sum[j] = 0;
+    for (int64_t r = 0; r < rows; r++, g += stride, v += stride, out += stride)
+        for (int j = 0; j < W; j++) {
+            const float scaled = v[j] * inverse[j];
+            const float clipped = least(hi, most(lo, scaled));
+            const float inside = clipped == scaled ? 1.0f : 0.0f;
+            const float error = clipped == scaled ? std::rint(scaled) - scaled : clipped;
+            sum[j] += g[j] * error;
+            out[j] = g[j] * inverse[j] * inside;
+        }
+    for (int j = 0; j < W; j++) sums[j] += sum[j];
+}
+
+// What is compiled for each instruction set. `width` columns are taken in blocks that fit in registers.
+#define IN_BLOCKS(STEP)                                \
+    for (; j + LANES <= width; j += LANES) STEP(LANES) \
+    for (; j + 16 <= width; j += 16) STEP(16)          \
+    for (; j + 8 <= width; j += 8) STEP(8)             \
+    for (; j < width; j++) STEP(1)
+#define FOR_TYPE(T)                                                                                                \
+    CLONES Range range_of_row(const T *x, int64_t length) {                                                        \
+        return length < 4 * LANES ? measure_row<8>(x, length) : measure_row<LANES>(x, length);                     \
+    }                                                                                                              \
+    CLONES void rounded_row(const T *__restrict x, T *__restrict y, int64_t length, Grid grid) {                   \
+        for (int64_t i = 0; i < length; i++) store(y + i, rounded(load(x + i), grid.scale, grid.zero_point));      \
+    }                                                                                                              \
+    CLONES bool quantized_row(const T *x, T *y, int64_t length, int bits) {                                        \
+        const Grid grid = grid_of(range_of_row(x, length), bits);                                                  \
+        rounded_row(x, y, length, grid);                                                                           \
+        return grid.finite;                                                                                        \
+    }                                                                                                              \
+    CLONES bool quantized_columns(const T *x, T *y, int64_t rows, int64_t stride, int64_t width, int bits) {       \
+        bool finite = true;                                                                                        \
+        int64_t j = 0;                                                                                             \
+        IN_BLOCKS(COLUMNS_STEP)                                                                                    \
+        return finite;                                                                                             \
+    }
+#define COLUMNS_STEP(W) finite &= quantize_columns<W>(x + j, y + j, rows, stride, bits);
+FOR_TYPE(float)
+FOR_TYPE(bfloat16)
+
+CLONES void codes(const float *v, float *q, int64_t rows, int64_t stride, int64_t width, const float *inverses,
+                  float lo, float hi) {
+    int64_t j = 0;
+#define CODES_STEP(W) code_columns<W>(v + j, q + j, rows, stride, inverses + j, lo, hi);
+    IN_BLOCKS(CODES_STEP)
+}
+
+CLONES void code_grads(const float *g, const float *v, float *out, int64_t rows, int64_t stride, int64_t width,
+                       const float *inverses, float lo, float hi, double *sums) {
+    int64_t j = 0;
+#define GRADS_STEP(W) grad_columns<W>(g + j, v + j, out + j, rows, stride, inverses + j, lo, hi, sums + j);
+    IN_BLOCKS(GRADS_STEP)
+}
+
+INLINE int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+INLINE int64_t rest(int64_t part, int64_t size, int64_t count) {  // size of a part, the last of which is shorter
+    return (part + 1) * size <= count ? size : count - part * size;
+}
+
+// `outer`·`inner` groups of `length` values that are `inner` apart. Returns whether all ranges are finite.
+template <class T>
+bool fake_quantize(const T *x, T *y, int64_t outer, int64_t length, int64_t inner, int bits, int threads) {
+    bool finite = true;
+    if (inner > 1) {
+        const int64_t blocks = parts(inner, LANES);
+#pragma omp parallel for num_threads(threads) if (outer * length * inner >= GRAIN) reduction(& : finite)
+        for (int64_t i = 0; i < outer * blocks; i++) {
+            const int64_t block = i % blocks, at = i / blocks * length * inner + block * LANES;
+            finite &= quantized_columns(x + at, y + at, length, inner, rest(block, LANES, inner), bits);
+        }
+    } else if (length < 4 * CHUNK) {
+#pragma omp parallel for num_threads(threads) if (outer * length >= GRAIN) reduction(& : finite)
+        for (int64_t i = 0; i < outer; i++) finite &= quantized_row(x + i * length, y + i * length, length, bits);
+    } else {
+        const int64_t chunks = parts(length, CHUNK);
+        for (int64_t i = 0; i < outer; i++, x += length, y += length) {
+            Range all;
+#pragma omp parallel for num_threads(threads)
+            for (int64_t k = 0; k < chunks; k++) {
+                const Range range = range_of_row(x + k * CHUNK, rest(k, CHUNK, length));
+#pragma omp critical
+                all.join(range);
+            }
+            const Grid grid = grid_of(all, bits);
+            finite &= grid.finite;
+#pragma omp parallel for num_threads(threads)
+            for (int64_t k = 0; k < chunks; k++)
+                rounded_row(x + k * CHUNK, y + k * CHUNK, rest(k, CHUNK, length), grid);
+        }
+    }
+    return finite;
+}
+
+
+}  // namespace
+
+// Tensors are outer × channels × inner, dense: inner is H·W in N×C×H×W, and 1 where channels come last.
+extern "C" {
+
+int granq_fake_quantize_float32(const float *x, float *y, int64_t outer, int64_t length, int64_t inner, int bits,
+                                int threads) {
+    return fake_quantize(x, y, outer, length, inner, bits, threads);
+}
+
+int granq_fake_quantize_bfloat16(const bfloat16 *x, bfloat16 *y, int64_t outer, int64_t length, int64_t inner,
+                                 int bits, int threads) {
+    return fake_quantize(x, y, outer, length, inner, bits, threads);
+}
+
+void granq_codes(const float *v, const float *inverses, float *q, int64_t outer, int64_t channels, int64_t inner,
+                 float lo, float hi, int threads) {
+    if (inner == 1) {
+#pragma omp parallel for num_threads(threads) if (outer * channels >= GRAIN)
+        for (int64_t i = 0; i < parts(outer, ROWS); i++)
+            codes(v + i * ROWS * channels, q + i * ROWS * channels, rest(i, ROWS, outer), channels, channels,
+                  inverses, lo, hi);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) if (outer * channels * inner >= GRAIN)
+    for (int64_t i = 0; i < outer * channels; i++) {
+        float inverse[LANES];
+        for (float &value : inverse) value = inverses[i % channels];
+        const int64_t full = inner / LANES * LANES;
+        codes(v + i * inner, q + i * inner, inner / LANES, LANES, LANES, inverse, lo, hi);
+        codes(v + i * inner + full, q + i * inner + full, 1, LANES, inner - full, inverse, lo, hi);
+    }
+}
+
+// Sums of the gradients by ln s of each part of a channel go to `sums`, granq_code_sums() × channels doubles.
+int64_t granq_code_sums(int64_t outer, int64_t inner) { return inner == 1 ? parts(outer, ROWS) : outer; }
+
+void granq_codes_backward(const float *g, const float *v, const float *inverses, float *out, double *sums,
+                          int64_t outer, int64_t channels, int64_t inner, float lo, float hi, int threads) {
+    memset(sums, 0, sizeof(double) * granq_code_sums(outer, inner) * channels);
+    if (inner == 1) {
+#pragma omp parallel for num_threads(threads) if (outer * channels >= GRAIN)
+        for (int64_t i = 0; i < parts(outer, ROWS); i++) {
+            const int64_t at = i * ROWS * channels;
+            double *into = sums + i * channels;
+            code_grads(g + at, v + at, out + at, rest(i, ROWS, outer), channels, channels, inverses, lo, hi, into);
+        }
+        return;
+    }
+#pragma omp parallel for num_threads(threads) if (outer * channels * inner >= GRAIN)
+    for (int64_t i = 0; i < outer * channels; i++) {
+        float inverse[LANES];
+        double lanes[LANES] = {};
+        for (float &value : inverse) value = inverses[i % channels];
+        const int64_t rows = inner / LANES, base = i * inner;
+        for (int64_t k = 0; k < parts(rows, ROWS); k++) {
+            const int64_t at = base + k * ROWS * LANES;
+            code_grads(g + at, v + at, out + at, rest(k, ROWS, rows), LANES, LANES, inverse, lo, hi, lanes);
+        }
+        const int64_t at = base + rows * LANES;
+        code_grads(g + at, v + at, out + at, 1, LANES, inner - rows * LANES, inverse, lo, hi, lanes);
+        for (double lane : lanes) sums[i] += lane;
+    }
+}
+
+}  // extern "C"
