@@ -25,7 +25,7 @@ from services.common.logs import get_logger
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import CONTINUE
 from services.coordinator.measurements import engine_rows, merge_evaluations, part_of
-from services.coordinator.metrics import JOB_RETRIES, STAGE_SECONDS
+from services.coordinator.metrics import FAILURES, JOB_RETRIES, STAGE_SECONDS, observe_evaluation, reason_label
 from services.coordinator.relay import ProgressRelay
 from services.coordinator.repository import Repository
 from services.coordinator.requests import NAMES, STAGES, JobCall, Stage, applies, needs_engine, stage_calls
@@ -94,7 +94,8 @@ class PipelineDriver:
                 log.exception("the database refused a write")
                 raise
             if outcome is not None:
-                STAGE_SECONDS.labels(NAMES[stage], outcome).observe(time.monotonic() - began)
+                seconds = time.monotonic() - began
+                STAGE_SECONDS.labels(NAMES[stage], outcome).observe(seconds, {"pipeline_id": pipeline_id})
             return FAILED if outcome == FAILED else CONTINUE
 
     async def _try_stage(self, pipeline_id: str, attempt: int, stage: int) -> str | None:
@@ -119,9 +120,13 @@ class PipelineDriver:
                 log.warning("stage failed", reason=error.reason, error=error.message)
             else:
                 log.exception("stage failed unexpectedly")
-            await self._calls.insist(self._transitions.fail, pipeline_id, attempt, to_failure(error))
+            failure = to_failure(error)
+            await self._calls.insist(self._transitions.fail, pipeline_id, attempt, failure)
+            FAILURES.labels(NAMES[stage], reason_label(failure.reason)).inc()
             await self._stop_jobs(pipeline_id)
             return FAILED
+        if part.HasField("evaluation"):
+            observe_evaluation(part.evaluation)
         log.info("stage ends")
         return "succeeded"
 
@@ -194,7 +199,7 @@ class PipelineDriver:
             )
 
         async def announce(cause: common_pb2.Failure) -> None:
-            JOB_RETRIES.labels(call.worker, cause.reason).inc()
+            JOB_RETRIES.labels(call.worker, reason_label(cause.reason)).inc()
             await self._calls.insist(self._transitions.record_trouble, pipeline_id, attempt, cause)
 
         async def check() -> None:

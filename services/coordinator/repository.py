@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from sqlalchemy import Engine, delete, func, select, tuple_
+from sqlalchemy import Engine, delete, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, undefer
 
@@ -198,12 +198,6 @@ class Repository:
         query = select(*columns).where(PipelineRow.state.not_in(ENDED)).order_by(PipelineRow.create_time)
         with read_session(self._engine) as session:
             return [DrivenPipeline(*row) for row in session.execute(query)]
-
-    def counts(self) -> dict[int, int]:
-        """Return how many pipelines are in each state."""
-        query = select(PipelineRow.state, func.count()).group_by(PipelineRow.state)
-        with read_session(self._engine) as session:
-            return {row[0]: row[1] for row in session.execute(query)}
 
     def open_job(self, pipeline_id: str, job_id: str, worker: str) -> JobCursor:
         """Note that a job is about to start, and return how far its events were read before."""

@@ -22,6 +22,7 @@ from services.coordinator.requests import STAGES, JobCall
 from services.coordinator.runner import Patience
 from services.coordinator.servicer import ArtifactServicer, PipelineServicer
 from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.statistics import read_statistics
 from services.coordinator.sweeper import Sweeper
 from services.coordinator.threads import Threads
 from services.coordinator.transfer import ArtifactTransfer
@@ -160,7 +161,7 @@ class CoordinatorServer(GrpcServer):
             )
             stack.push_async_callback(sweeper.close)
             await sweeper.start()
-            collector = PipelineCollector(self._repository.counts)
+            collector = PipelineCollector(partial(read_statistics, self._engine))
             collector.register()
             stack.callback(collector.unregister)
             yield

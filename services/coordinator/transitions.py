@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2
 from services.common.errors import FailedPreconditionError, NotFoundError
 from services.coordinator.database import read_session
+from services.coordinator.lifetimes import observe_end, observe_wait
 from services.coordinator.tables import EventRow, JobRow, PipelineRow
 
 State = coordinator_pb2.PipelineState
@@ -117,9 +118,12 @@ class Transitions:
             if row.state == State.PIPELINE_STATE_RUNNING and row.stage == stage:
                 return True  # the step runs again after a restart; this was told before
             row.state, row.stage, row.progress = State.PIPELINE_STATE_RUNNING, stage, None
-            row.start_time = row.start_time or now_us()
+            first, row.start_time = row.start_time is None, row.start_time or now_us()
+            created, started = row.create_time, row.start_time
             add_event(session, row)
-            return True
+        if first:
+            observe_wait(created, started)
+        return True
 
     def record_progress(
         self, pipeline_id: str, attempt: int, progress: jobs_pb2.Progress, job_id: str, cursor: JobCursor
@@ -173,6 +177,9 @@ class Transitions:
             if last:
                 row.state, row.end_time = State.PIPELINE_STATE_SUCCEEDED, now_us()
                 add_event(session, row)
+            created = row.create_time
+        if last:
+            observe_end(pipeline_id, "succeeded", created, now_us())
 
     def fail(self, pipeline_id: str, attempt: int, failure: common_pb2.Failure) -> None:
         """Make the pipeline FAILED.
@@ -183,7 +190,9 @@ class Transitions:
         with self._owned(pipeline_id, attempt) as (session, row):
             row.state, row.end_time = State.PIPELINE_STATE_FAILED, now_us()
             row.failure = failure.SerializeToString()
+            created = row.create_time
             add_event(session, row, failure=failure)
+        observe_end(pipeline_id, "failed", created, now_us())
 
     def request_cancel(self, pipeline_id: str) -> bool:
         """Make a queued or running pipeline CANCELLING.
@@ -205,11 +214,15 @@ class Transitions:
 
     def finish_cancel(self, pipeline_id: str) -> None:
         """Make a CANCELLING pipeline CANCELLED; nothing happens in another state or when it is gone."""
+        created: int | None = None
         with Session(self._engine) as session, session.begin():
             row = session.get(PipelineRow, pipeline_id, with_for_update=True)
             if row is not None and row.state == State.PIPELINE_STATE_CANCELLING:
                 row.state, row.end_time = State.PIPELINE_STATE_CANCELLED, now_us()
+                created = row.create_time
                 add_event(session, row)
+        if created is not None:
+            observe_end(pipeline_id, "cancelled", created, now_us())
         self._changed(pipeline_id)
 
     def retry(self, pipeline_id: str, executor_id: str) -> int:

@@ -14,6 +14,7 @@ from services.common.jobs import wire
 from services.common.jobs.process import child_environment
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
+from services.common.metrics import CHILDREN
 from services.generator.settings import GeneratorSettings
 
 _log = get_logger(__name__)
@@ -159,7 +160,8 @@ class JointSessions:
         self._sessions.add(session)
         log.info("joint training began")
         try:
-            yield session
+            with CHILDREN.watched(session.pid, "co_train"):
+                yield session
         finally:
             # A task of its own, so that a stream that is cancelled again meanwhile still leaves no process behind.
             ending = asyncio.create_task(self._end(session))

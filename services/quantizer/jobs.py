@@ -143,7 +143,11 @@ def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float], 
 
     def report(progress: Progress) -> None:
         warm = progress.iteration <= trainer.training.warmup_iterations
-        figures = {"loss_student": progress.student, "iterations_per_second": progress.iterations_per_second}
+        figures = {
+            "loss_student": progress.student,
+            "iterations_per_second": progress.iterations_per_second,
+            "agreement": progress.agreement,
+        }
         if trainer.source.wants_gradients:
             figures["loss_generator"] = progress.generator
         context.report("warm-up" if warm else "training", progress.iteration, total, **figures)

@@ -30,12 +30,21 @@ from services.quantizer.student import stop_tracking
 
 @dataclass
 class Progress:
-    """Where a training is: ``iteration`` counts finished ones; losses are means since the last report."""
+    """Where a training is.
+
+    Attributes:
+        iteration: Number of finished ones.
+        student: Mean of the student's loss since the last report.
+        generator: Mean of the generator's loss since the last report.
+        iterations_per_second: Speed since the last report.
+        agreement: Share of the latest batch, 0 to 1, for which student and teacher name the same class.
+    """
 
     iteration: int
     student: float
     generator: float
     iterations_per_second: float
+    agreement: float
 
 
 class Trainer:
@@ -75,6 +84,7 @@ class Trainer:
         self._optimizer = optimizer_for(student, training)
         self._teacher = teacher
         self._flat = flat
+        self._latest: tuple[Tensor, Tensor] | None = None
         self._features = FeatureLoss(teacher, student) if teacher is not None else None
 
     def rate(self, iteration: int) -> float:
@@ -103,6 +113,7 @@ class Trainer:
             with torch.no_grad():
                 logits = self._teacher(images)
         student = self.student(images)
+        self._latest = student.detach(), logits
         generator = torch.zeros(())
         if self.source.wants_gradients:
             teacher = batch.logits.detach().requires_grad_()
@@ -126,6 +137,13 @@ class Trainer:
         self._optimizer.zero_grad()
         loss.backward(inputs=[p for group in self._optimizer.param_groups for p in group["params"]])
         self._optimizer.step()
+
+    def _agreement(self) -> float:
+        # Worked out for a report only, so that an iteration pays nothing for it.
+        if self._latest is None:
+            return 0.0
+        student, teacher = self._latest
+        return float((student.argmax(1) == teacher.argmax(1)).float().mean())
 
     @property
     def last_epoch_loss(self) -> float:
@@ -153,7 +171,8 @@ class Trainer:
             now = time.monotonic()
             if now - since >= 0.5 or self.iteration == self.training.iterations:
                 mean = (sums / count).tolist()
-                report(Progress(self.iteration, mean[0], mean[1], count / max(now - since, 1e-9)))
+                speed = count / max(now - since, 1e-9)
+                report(Progress(self.iteration, mean[0], mean[1], speed, self._agreement()))
                 sums, count, since = torch.zeros(2), 0, now
             yield self.iteration
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
 from services.common.errors import GranqError, UnavailableError, as_granq_error
+from services.common.metrics import artifact_operation
 
 
 class Staged(Protocol):
@@ -43,10 +44,11 @@ class Backend(Protocol):
 
 
 @contextmanager
-def storage_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Tell failures of the storage as errors of the domain.
+def storage_operation(operation: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Count and time an operation, and tell failures of the storage as errors of the domain.
 
     Args:
+        operation: One of `services.common.metrics.artifacts.OPERATIONS`.
         kinds: Exceptions that mean a failure of the storage.
 
     Raises:
@@ -54,7 +56,8 @@ def storage_errors(*kinds: type[Exception]) -> Iterator[None]:
         UnavailableError: Anything else; the cause is chained, for the log.
     """
     try:
-        yield
+        with artifact_operation(operation):
+            yield
     except (GranqError, FileNotFoundError):
         raise
     except kinds as error:

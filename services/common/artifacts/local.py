@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import BinaryIO
 
-from services.common.artifacts.backend import storage_errors
+from services.common.artifacts.backend import storage_operation
 
 _STAGING = "tmp"
 # No upload takes this long; what is older was left by a process that died.
@@ -27,7 +27,7 @@ class LocalStaged:
     def __init__(self, root: Path) -> None:
         self._root = root
         self.path = root / _STAGING / uuid.uuid4().hex
-        with storage_errors(OSError):
+        with storage_operation("open", OSError):
             # Blobs never change: read-only also for their owner, less the umask.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
             self._file = os.fdopen(descriptor, "wb")
@@ -35,12 +35,12 @@ class LocalStaged:
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
-        with storage_errors(OSError):
+        with storage_operation("write", OSError):
             self._file.write(data)
 
     def flush(self) -> None:
         """Bring all bytes to the disk."""
-        with storage_errors(OSError):
+        with storage_operation("flush", OSError):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -48,7 +48,7 @@ class LocalStaged:
         """Rename the file to its final path and bring the name to the disk."""
         self.flush()
         target = self._root / path
-        with storage_errors(OSError):
+        with storage_operation("publish", OSError):
             self._file.close()
             fresh = not target.parent.is_dir()
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class LocalStaged:
             return
         self._ended = True
         self.path.unlink(missing_ok=True)
-        with storage_errors(OSError):
+        with storage_operation("delete", OSError):
             # Closing flushes what is buffered, which fails on a full disk; the name is gone by then.
             self._file.close()
 
@@ -74,7 +74,7 @@ class LocalBackend:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        with storage_errors(OSError):
+        with storage_operation("open", OSError):
             (root / _STAGING).mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
 
@@ -93,12 +93,12 @@ class LocalBackend:
 
     def open(self, path: str) -> BinaryIO:
         """Open a file to read."""
-        with storage_errors(OSError):
+        with storage_operation("open", OSError):
             return (self._root / path).open("rb")
 
     def size(self, path: str) -> int:
         """Return a file's length in bytes."""
-        with storage_errors(OSError):
+        with storage_operation("stat", OSError):
             return (self._root / path).stat().st_size
 
     def replace(self, path: str, data: bytes) -> None:
@@ -112,13 +112,13 @@ class LocalBackend:
 
     def delete(self, path: str) -> None:
         """Remove a file if it is there."""
-        with storage_errors(OSError):
+        with storage_operation("delete", OSError):
             (self._root / path).unlink(missing_ok=True)
 
     def list(self, prefix: str) -> list[str]:
         """Return the paths of all files that begin with a prefix, sorted."""
         found = []
-        with storage_errors(OSError):
+        with storage_operation("list", OSError):
             for folder, _, names in os.walk(self._root / prefix.rpartition("/")[0]):
                 relative = Path(folder).relative_to(self._root)
                 found += [(relative / name).as_posix() for name in names]

@@ -4,7 +4,7 @@ import hashlib
 import io
 from typing import BinaryIO
 
-from services.common.artifacts.backend import storage_errors
+from services.common.artifacts.backend import storage_operation
 from services.common.errors import DataLossError
 from services.common.metrics import ARTIFACT_BYTES
 
@@ -43,7 +43,7 @@ class VerifyingReader(io.RawIOBase):
         Raises:
             DataLossError: The blob, read in order to its end, does not match its digest.
         """
-        with storage_errors(Exception):
+        with storage_operation("read", Exception):
             data = self._file.read(len(buffer))
         count = len(data)
         buffer[:count] = data

@@ -4,7 +4,7 @@ from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
-from services.common.artifacts.backend import storage_errors
+from services.common.artifacts.backend import storage_operation
 from services.common.artifacts.local import LocalBackend, LocalStaged
 
 
@@ -23,7 +23,7 @@ class RemoteStaged:
     def publish(self, path: str) -> None:
         """Upload, then keep the spooled file as the local copy: whoever wrote it often reads it next."""
         self._spool.flush()
-        with storage_errors(Exception):
+        with storage_operation("publish", Exception):
             self._fs.put_file(str(self._spool.path), f"{self._root}/{path}")
         self._spool.publish(path)
 
@@ -38,7 +38,7 @@ class RemoteBackend:
     def __init__(self, url: str, cache: LocalBackend) -> None:
         self._cache = cache
         # Every kind of bucket raises its own library's exceptions, so all of them count as failures of the storage.
-        with storage_errors(Exception):
+        with storage_operation("open", Exception):
             # Other processes write to the same bucket: a remembered listing would hide their work.
             fs, root = url_to_fs(url, use_listings_cache=False)
         self._fs: Any = fs
@@ -53,23 +53,23 @@ class RemoteBackend:
 
     def open(self, path: str) -> BinaryIO:
         """Open an object to read."""
-        with storage_errors(Exception):
+        with storage_operation("open", Exception):
             return cast(BinaryIO, self._fs.open(self._key(path), "rb"))
 
     def size(self, path: str) -> int:
         """Return an object's length in bytes."""
-        with storage_errors(Exception):
+        with storage_operation("stat", Exception):
             return int(self._fs.info(self._key(path))["size"])
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a small object at once."""
-        with storage_errors(Exception):
+        with storage_operation("replace", Exception):
             self._fs.pipe_file(self._key(path), data)
 
     def delete(self, path: str) -> None:
         """Remove an object if it is there."""
         try:
-            with storage_errors(Exception):
+            with storage_operation("delete", Exception):
                 self._fs.rm_file(self._key(path))
         except FileNotFoundError:
             return
@@ -77,7 +77,7 @@ class RemoteBackend:
     def list(self, prefix: str) -> list[str]:
         """Return the paths of all objects that begin with a prefix, sorted."""
         try:
-            with storage_errors(Exception):
+            with storage_operation("list", Exception):
                 keys = self._fs.find(self._key(prefix.rpartition("/")[0]))
         except FileNotFoundError:
             return []

@@ -5,6 +5,7 @@ What a job needs (torch) is imported by the job's own module; this one stays lig
 
 import ctypes
 import importlib
+import json
 import os
 import signal
 import sys
@@ -13,15 +14,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, BinaryIO
 
-from prometheus_client import REGISTRY
-
 from granq.v1 import jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import CancelledError, InternalError, to_failure
 from services.common.jobs import wire
 from services.common.jobs.context import JobContext
-from services.common.jobs.wire import BytesFrame, Frame, StartFrame
+from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import configure_logging, get_logger
+from services.common.metrics import Sums, sums_since, take_sums
 from services.common.settings import ServerSettings
 
 _PR_SET_PDEATHSIG = 1
@@ -54,22 +54,17 @@ class Outlet:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self._told = BytesFrame()
+        self._told: Sums = {}
 
     def send(self, kind: Frame, payload: bytes) -> None:
-        """Send one frame, and before it the traffic with the store since the last one."""
+        """Send one frame, and before it what was counted since the last one."""
         with self._lock:
-            total = BytesFrame(write=_traffic("write"), read=_traffic("read"))
-            if total != self._told:
-                since = BytesFrame(write=total.write - self._told.write, read=total.read - self._told.read)
-                self._stream.write(wire.encode(Frame.BYTES, since.model_dump_json().encode()))
-                self._told = total
+            sums = take_sums()
+            if since := sums_since(sums, self._told):
+                self._stream.write(wire.encode(Frame.SUMS, json.dumps(since).encode()))
+                self._told = sums
             self._stream.write(wire.encode(kind, payload))
             self._stream.flush()
-
-
-def _traffic(direction: str) -> float:
-    return REGISTRY.get_sample_value("granq_artifact_bytes_total", {"direction": direction}) or 0.0
 
 
 def listen(inlet: BinaryIO, cancelled: threading.Event) -> None:

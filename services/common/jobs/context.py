@@ -68,7 +68,8 @@ class JobContext:
             phase: What the job does now, such as "training".
             step: Steps done.
             total: Steps in all; 0 where unknown.
-            metrics: Figures by name. "iterations_per_second" and those that begin with "loss" become Prometheus gauges.
+            metrics: Figures by name. "iterations_per_second", "agreement" (0 to 1) and those that begin with "loss"
+                become Prometheus gauges.
         """
         with self._lock:
             now = time.monotonic()

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
@@ -47,6 +47,7 @@ class JobManager:
         kinds: Job function of each kind, as a dotted path such as "services.quantizer.jobs:quantize".
         max_running: Jobs that run at once; more wait in the order of their arrival.
         kill_after: Seconds that a cancelled job has to notice, before its process is killed.
+        on_success: Told the result of each run that ended with one.
     """
 
     def __init__(
@@ -56,10 +57,15 @@ class JobManager:
         kinds: Mapping[str, str],
         max_running: int,
         kill_after: float = 3.0,
+        on_success: Callable[[jobs_pb2.JobResult], None] = lambda _result: None,
     ) -> None:
         self._settings = settings
         self._kinds = dict(kinds)
+        for kind in kinds:
+            # From the start, so that the first death shows as an increase.
+            metrics.JOB_DEATHS.labels(kind)
         self._kill_after = kill_after
+        self._on_success = on_success
         self._records = JobRecords(store)
         self._slots = asyncio.Semaphore(max_running)
         self._runs: dict[str, Run] = {}
@@ -190,10 +196,11 @@ class JobManager:
         log = _log.bind(kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id, run_id=run.run_id)
         queued, began = metrics.JOBS_QUEUED.labels(run.kind), time.monotonic()
         try:
-            with queued.track_inprogress():
+            with queued.track_inprogress(), metrics.QUEUE_AGES.waiting(run.kind):
                 await self._take_slot(active)
             try:
-                began = time.monotonic()
+                began, waited = time.monotonic(), time.monotonic() - began
+                metrics.JOB_WAIT_SECONDS.labels(run.kind).observe(waited)
                 with metrics.JOBS_RUNNING.labels(run.kind).track_inprogress():
                     result = await self._run_process(run, active, request)
             finally:
@@ -201,13 +208,13 @@ class JobManager:
             success = run.as_succeeded(result)
             await asyncio.to_thread(self._records.save_success, success)
             run.succeed(success)
+            self._on_success(result)
         except Exception as error:
             self._note_failure(run, error)
         finally:
             del self._active[run]
             metrics.JOBS.labels(run.kind, run.outcome).inc()
             metrics.JOB_SECONDS.labels(run.kind, run.outcome).observe(time.monotonic() - began)
-            metrics.end_training(run.kind)
             log.info("job ended", outcome=run.outcome, seconds=round(time.monotonic() - began, 3))
 
     def _note_failure(self, run: Run, error: BaseException) -> None:
@@ -240,11 +247,14 @@ class JobManager:
 
         def on_progress(progress: jobs_pb2.Progress) -> None:
             run.progress(progress)
-            metrics.observe_training(run.kind, progress.metrics)
+            training.observe(progress.metrics)
 
         try:
-            return await process.result(on_progress)
+            with metrics.CHILDREN.watched(process.pid, run.kind), metrics.TrainingMetrics(run.kind) as training:
+                return await process.result(on_progress)
         except GranqError as error:
             if error.reason in ("JOB_PROCESS_DIED", "JOB_PROCESS_EXITED"):
+                if not run.cancelling and not self._closing:
+                    metrics.JOB_DEATHS.labels(run.kind).inc()
                 _log.error("job's process died", job_id=run.job_id, error=error.message, stderr=process.log_tail)
             raise

@@ -1,6 +1,7 @@
 """One job's process as its server sees it: begun, listened to, asked to stop, and surely ended."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -14,8 +15,8 @@ from google.protobuf.message import Message
 from granq.v1 import common_pb2, jobs_pb2
 from services.common.errors import GranqError, InternalError, UnavailableError, as_granq_error, from_failure
 from services.common.jobs import wire
-from services.common.jobs.wire import ENDS, BytesFrame, Frame, StartFrame
-from services.common.metrics import ARTIFACT_BYTES
+from services.common.jobs.wire import ENDS, Frame, StartFrame
+from services.common.metrics import add_sums
 from services.common.settings import ServerSettings
 
 _TAIL_BYTES = 16 * 1024
@@ -68,11 +69,13 @@ class JobProcess:
     """A spawned process that runs one job function. Not forked: this process has threads of gRPC.
 
     Args:
+        kind: Kind of the job.
         process: The process, with pipes on its three standard streams.
         scratch: Its folder for temporary files, which goes when it does: a killed process cannot remove its own.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, scratch: TemporaryDirectory[str]) -> None:
+    def __init__(self, kind: str, process: asyncio.subprocess.Process, scratch: TemporaryDirectory[str]) -> None:
+        self._kind = kind
         self._process = process
         self._scratch = scratch
         self._tail: deque[bytes] = deque()
@@ -119,7 +122,7 @@ class JobProcess:
                 scratch.cleanup()
             cannot = UnavailableError("the server cannot start a process now", reason="NO_PROCESS")
             raise as_granq_error(error) or cannot from error
-        job = cls(asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop()), scratch)
+        job = cls(kind, asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop()), scratch)
         frames = wire.encode(Frame.START, start.model_dump_json().encode())
         job._send(frames + wire.encode(Frame.REQUEST, request.SerializeToString()))
         return job
@@ -187,10 +190,8 @@ class JobProcess:
             kind, payload = frame
             if kind is Frame.PROGRESS:
                 on_progress(jobs_pb2.Progress.FromString(payload))
-            elif kind is Frame.BYTES:
-                traffic = BytesFrame.model_validate_json(payload)
-                ARTIFACT_BYTES.labels("write").inc(traffic.write)
-                ARTIFACT_BYTES.labels("read").inc(traffic.read)
+            elif kind is Frame.SUMS:
+                add_sums(self._kind, json.loads(payload))
             elif kind in ENDS:
                 if kind is Frame.RESULT:
                     return jobs_pb2.JobResult.FromString(payload)

@@ -24,8 +24,8 @@ class Frame(Enum):
     """To the job: stop at the next check."""
     PROGRESS = b"P"
     """From the job: granq.v1.Progress."""
-    BYTES = b"B"
-    """From the job: bytes written to and read from the store since the last such frame, as `BytesFrame` in JSON."""
+    SUMS = b"B"
+    """From the job: what it counted since the last such frame, as `metrics.Sums` in JSON."""
     RESULT = b"R"
     """From the job, last: granq.v1.JobResult."""
     FAILURE = b"F"
@@ -49,13 +49,6 @@ class StartFrame(BaseModel):
     """Dotted path of the settings' class."""
     settings_json: str
     """The settings, so that the process need not read the environment again."""
-
-
-class BytesFrame(BaseModel):
-    """Traffic with the artifact store, in bytes."""
-
-    write: float = 0
-    read: float = 0
 
 
 def encode(kind: Frame, payload: bytes = b"") -> bytes:

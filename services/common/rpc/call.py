@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import structlog
 
-from services.common import metrics
 from services.common.errors import as_granq_error
 from services.common.logs import get_logger
+from services.common.metrics import MethodMetrics
 from services.common.rpc.status import DETAILS_KEY, status_code, to_status
 from services.common.rpc.validation import validate
 
@@ -28,12 +28,17 @@ class Call:
     """One RPC, from its arrival to its status.
 
     Args:
-        method: Full name, such as "/granq.v1.JobService/GetJob".
+        figures: Name and metrics of its method.
         context: The RPC's context.
+
+    Attributes:
+        code: Its status, once the block of `observed` has been left.
     """
 
-    def __init__(self, method: str, context: Context) -> None:
-        self.method = method
+    def __init__(self, figures: MethodMetrics, context: Context) -> None:
+        self.figures = figures
+        self.method = figures.name
+        self.code = grpc.StatusCode.OK
         self.request_id = uuid.uuid4().hex[:16]
         self._context = context
         # Read now: once the peer is gone, gRPC frees what peer() and time_remaining() look at, and a handler that is
@@ -48,6 +53,7 @@ class Call:
         Raises:
             RequestInvalidError: It does not.
         """
+        self.figures.received.inc()
         validate(message)
         # The contract names a job in the request itself, in its key, or in the key of what opens a stream.
         for holder in (message, getattr(message, "key", None), getattr(getattr(message, "open", None), "key", None)):
@@ -60,38 +66,32 @@ class Call:
     @asynccontextmanager
     async def observed(self) -> AsyncIterator[None]:
         """Around the handler: turn what it raises into a status, then count and log the end."""
-        began = time.monotonic()
-        code = grpc.StatusCode.OK
+        began = self.figures.begin()
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=self.request_id)
-        in_flight = metrics.RPCS_IN_FLIGHT.labels(self.method)
-        in_flight.inc()
         try:
             yield
-            code = self._code_set(grpc.StatusCode.OK)
+            self.code = self._code_set(grpc.StatusCode.OK)
         except grpc.aio.AbortError:
             # The handler ended the call itself.
-            code = self._code_set(grpc.StatusCode.UNKNOWN)
+            self.code = self._code_set(grpc.StatusCode.UNKNOWN)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             late = self._deadline is not None and time.monotonic() >= self._deadline
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            self.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:
             status = to_status(error, self.request_id)
-            code = status_code(status)
-            if as_granq_error(error) is None or code is grpc.StatusCode.INTERNAL:
+            self.code = status_code(status)
+            if as_granq_error(error) is None or self.code is grpc.StatusCode.INTERNAL:
                 _log.exception("rpc failed by a defect", method=self.method)
             else:
-                _log.warning("rpc refused", method=self.method, code=code.name, error=str(error))
-            await self._context.abort(code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
+                _log.warning("rpc refused", method=self.method, code=self.code.name, error=str(error))
+            await self._context.abort(self.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
         finally:
-            in_flight.dec()
-            seconds = time.monotonic() - began
-            metrics.RPCS.labels(self.method, code.name).inc()
-            metrics.RPC_SECONDS.labels(self.method, code.name).observe(seconds)
+            seconds = self.figures.end(began, self.code.name, None)
             log = _log.debug if self.method.startswith(_QUIET) else _log.info
-            log("rpc", method=self.method, code=code.name, seconds=round(seconds, 4), peer=self._peer)
+            log("rpc", method=self.method, code=self.code.name, seconds=round(seconds, 4), peer=self._peer)
 
     def _code_set(self, default: grpc.StatusCode) -> grpc.StatusCode:
         """Return the code that the handler set in its context; gRPC keeps it as a code or as its number."""

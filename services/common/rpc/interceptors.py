@@ -9,13 +9,13 @@ from typing import Any
 
 import grpc
 
-from services.common import metrics
+from services.common.metrics import MethodMetrics, count_unknown_method
 from services.common.rpc.blocking import in_thread, is_plain, iterate_in_thread
 from services.common.rpc.call import Call, Context
 
 
-class _ValidatingContext:
-    """A context whose `read` gives valid messages only, for handlers that do not use the iterator."""
+class _WatchedContext:
+    """A context that counts, and whose `read` gives valid messages only, for handlers that do not use iterators."""
 
     def __init__(self, context: Context, call: Call) -> None:
         self._context = context
@@ -27,6 +27,10 @@ class _ValidatingContext:
     async def read(self) -> Any:
         message = await self._context.read()
         return message if message is grpc.aio.EOF else self._call.accept(message)  # type: ignore[attr-defined]
+
+    async def write(self, message: Any) -> None:
+        await self._context.write(message)
+        self._call.figures.sent.inc()
 
 
 async def _accepted(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
@@ -43,6 +47,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
+        self._figures: dict[str, MethodMetrics] = {}
+
+    def expect(self, method: str, handler: Any) -> MethodMetrics:
+        """Return the metrics of a method, which are shown from now on."""
+        if (figures := self._figures.get(method)) is None:
+            figures = MethodMetrics(method, handler.request_streaming, handler.response_streaming)
+            self._figures[method] = figures
+        return figures
 
     async def intercept_service(
         self,
@@ -52,10 +64,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """Return the wrapped handler of a method, or None where there is none."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            # Not by its name: a caller could make up any number of them.
-            metrics.RPCS.labels("unknown", grpc.StatusCode.UNIMPLEMENTED.name).inc()
+            count_unknown_method()
             return None
-        method = handler_call_details.method
+        figures = self.expect(handler_call_details.method, handler)
         behavior: Any = (
             (handler.stream_stream if handler.response_streaming else handler.stream_unary)
             if handler.request_streaming
@@ -69,27 +80,35 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         }[handler.request_streaming, handler.response_streaming]
         wrap = self._streaming if handler.response_streaming else self._unary
         return make(
-            wrap(method, behavior, handler.request_streaming), handler.request_deserializer, handler.response_serializer
+            wrap(figures, behavior, handler.request_streaming),
+            handler.request_deserializer,
+            handler.response_serializer,
         )
 
-    def _unary(self, method: str, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
+    def _unary(self, figures: MethodMetrics, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
         plain = is_plain(behavior)
 
         async def handle(request: Any, context: Context) -> Any:
-            call = Call(method, context)
+            call = Call(figures, context)
             async with call.observed():
                 argument, inner = self._prepare(call, request, context, request_streams)
                 if plain:
-                    return await in_thread(self._pool, behavior, argument, inner, request_streams)
-                return await behavior(argument, inner)
+                    response = await in_thread(self._pool, behavior, argument, inner, request_streams)
+                else:
+                    response = await behavior(argument, inner)
+            if call.code is grpc.StatusCode.OK:
+                figures.sent.inc()
+            return response
 
         return handle
 
-    def _streaming(self, method: str, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
+    def _streaming(
+        self, figures: MethodMetrics, behavior: Callable[..., Any], request_streams: bool
+    ) -> Callable[..., Any]:
         plain = is_plain(behavior)
 
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
-            call = Call(method, context)
+            call = Call(figures, context)
             async with call.observed():
                 argument, inner = self._prepare(call, request, context, request_streams)
                 if plain:
@@ -101,6 +120,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     try:
                         async for response in responses:
                             yield response
+                            figures.sent.inc()
                     finally:
                         # The handler's own cleanup must not wait for the garbage collector.
                         if hasattr(responses, "aclose"):
@@ -112,6 +132,5 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return handle
 
     def _prepare(self, call: Call, request: Any, context: Context, request_streams: bool) -> tuple[Any, Any]:
-        if request_streams:
-            return _accepted(request, call), _ValidatingContext(context, call)
-        return call.accept(request), context
+        argument = _accepted(request, call) if request_streams else call.accept(request)
+        return argument, _WatchedContext(context, call)

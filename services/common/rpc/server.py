@@ -17,7 +17,7 @@ from services.common.errors import GranqError, UnavailableError
 from services.common.jobs import JobManager
 from services.common.jobs.servicer import JobServicer
 from services.common.logs import configure_logging, get_logger
-from services.common.metrics import MetricsServer
+from services.common.metrics import DISKS, MetricsServer, show_build, show_gpus
 from services.common.rpc.interceptors import CallInterceptor
 from services.common.rpc.ready import write_ready_file
 from services.common.settings import ServerSettings
@@ -27,11 +27,12 @@ _PLAIN_HANDLER_THREADS = 4
 
 
 class _Registrar:
-    """Passes a servicer's handlers on to the server, and notes the name of its service."""
+    """Passes a servicer's handlers on to the server, notes the name of its service, and shows its methods' metrics."""
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, interceptor: CallInterceptor) -> None:
         # Any: the type stubs lack add_registered_method_handlers, which generated code calls.
         self._server = server
+        self._interceptor = interceptor
         self.names: list[str] = []
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
@@ -39,6 +40,8 @@ class _Registrar:
         self._server.add_generic_rpc_handlers(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        for name, handler in handlers.items():
+            self._interceptor.expect(f"/{service}/{name}", handler)
         self._server.add_registered_method_handlers(service, handlers)
 
 
@@ -98,6 +101,10 @@ class GrpcServer:
                 message = f"cannot listen on {address} and, for metrics, on port {self.settings.metrics_port}: {error}"
                 raise UnavailableError(message, reason="PORT_TAKEN") from error
             stack.push_async_callback(asyncio.to_thread, metrics_server.close)
+            stack.enter_context(DISKS.shown(self.settings))
+            show_build(self.name)
+            if self._jobs is not None:
+                show_gpus()
             self.metrics_port = metrics_server.port
             for name in names:
                 await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -108,8 +115,9 @@ class GrpcServer:
 
     def _assemble(self, pool: ThreadPoolExecutor) -> tuple[grpc.aio.Server, list[str]]:
         size = self.settings.max_message_bytes
+        interceptor = CallInterceptor(pool)
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(pool)],
+            interceptors=[interceptor],
             options=[
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", size),
@@ -122,7 +130,7 @@ class GrpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        registrar = _Registrar(server)
+        registrar = _Registrar(server, interceptor)
         for register, servicer in self._servicers:
             register(servicer, registrar)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

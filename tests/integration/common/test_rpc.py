@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,21 @@ def upload(*chunks: bytes) -> Iterator[artifacts_pb2.UploadArtifactRequest]:
     return iter([header, *(artifacts_pb2.UploadArtifactRequest(chunk=chunk) for chunk in chunks)])
 
 
+TYPES = {"DownloadArtifact": "server_stream", "UploadArtifact": "client_stream", "CoTrain": "bidi_stream"}
+
+
+def figure(name: str, method: str, **labels: str) -> float:
+    service, _, name_of_method = method.rpartition("/")
+    labels |= {
+        "grpc_type": TYPES.get(name_of_method, "unary"),
+        "grpc_service": f"granq.v1.{service}",
+        "grpc_method": name_of_method,
+    }
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
 def count(method: str, code: str) -> float:
-    labels = {"method": f"/granq.v1.{method}", "code": code}
-    return REGISTRY.get_sample_value("granq_rpc_total", labels) or 0.0
+    return figure("grpc_server_handled_total", method, grpc_code=code)
 
 
 @STYLES
@@ -228,8 +241,7 @@ async def test_cancelled_and_late_calls_are_counted_as_such(serve: Serve) -> Non
     call.cancel()
     watch = stub.DownloadArtifact(download())
     await watch.read()
-    in_flight = {"method": f"/granq.v1.{stream}"}
-    assert REGISTRY.get_sample_value("granq_rpc_in_flight", in_flight) == 1
+    assert figure("grpc_server_in_flight", stream) == 1
     watch.cancel()
     await asyncio.wait_for(servicer.left.wait(), 10)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -240,16 +252,51 @@ async def test_cancelled_and_late_calls_are_counted_as_such(serve: Serve) -> Non
     await eventually(lambda: count(stream, "CANCELLED") == before[stream, "CANCELLED"] + 1)
     await eventually(lambda: count(unary, "DEADLINE_EXCEEDED") == before[unary, "DEADLINE_EXCEEDED"] + 1)
     assert count(unary, "OK") == before[unary, "OK"]
-    assert REGISTRY.get_sample_value("granq_rpc_in_flight", in_flight) == 0
+    assert figure("grpc_server_in_flight", stream) == 0
+
+
+@STYLES
+async def test_messages_of_all_kinds_of_calls_are_counted(serve: Serve, style: type) -> None:
+    stub = await serve(style())
+    unary, download_, upload_ = (f"ArtifactService/{name}Artifact" for name in ("Get", "Download", "Upload"))
+    names = ("started_total", "msg_received_total", "msg_sent_total", "handling_seconds_count", "handled_total")
+
+    def figures(method: str) -> list[float]:
+        codes = {"handled_total": {"grpc_code": "OK"}}
+        return [figure(f"grpc_server_{name}", method, **codes.get(name, {})) for name in names]
+
+    def is_counted(method: str, expected: list[float]) -> bool:
+        return figures(method) == expected
+
+    before = {method: figures(method) for method in (unary, download_, upload_)}
+    await stub.GetArtifact(get())
+    assert len([message async for message in stub.DownloadArtifact(download())]) == 2
+    await stub.UploadArtifact(upload(b"ab", b"c", b"d"))
+    for method, received, sent in ((unary, 1, 1), (download_, 1, 2), (upload_, 4, 1)):
+        expected = [old + new for old, new in zip(before[method], (1, received, sent, 1, 1), strict=True)]
+        await eventually(partial(is_counted, method, expected))
+
+
+async def test_a_refused_call_counts_its_messages_and_no_response(serve: Serve) -> None:
+    stub = await serve(PlainArtifacts(NotFoundError("gone")))
+    method = "ArtifactService/UploadArtifact"
+    sent, received = figure("grpc_server_msg_sent_total", method), figure("grpc_server_msg_received_total", method)
+    ended = count(method, "NOT_FOUND")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stub.UploadArtifact(upload(b"a"))
+    await eventually(lambda: count(method, "NOT_FOUND") == ended + 1)
+    assert figure("grpc_server_msg_sent_total", method) == sent
+    assert figure("grpc_server_msg_received_total", method) - received <= 2
 
 
 async def test_unknown_method_is_counted_without_its_name(open_channel: Callable[..., Awaitable[Any]]) -> None:
-    before = REGISTRY.get_sample_value("granq_rpc_total", {"method": "unknown", "code": "UNIMPLEMENTED"}) or 0.0
+    labels = {"grpc_type": "unary", "grpc_service": "unknown", "grpc_method": "unknown", "grpc_code": "UNIMPLEMENTED"}
+    before = REGISTRY.get_sample_value("grpc_server_handled_total", labels) or 0.0
     channel = await open_channel(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, AsyncArtifacts())
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await channel.unary_unary("/made.Up/Name")(b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert REGISTRY.get_sample_value("granq_rpc_total", {"method": "unknown", "code": "UNIMPLEMENTED"}) == before + 1
+    assert REGISTRY.get_sample_value("grpc_server_handled_total", labels) == before + 1
 
 
 async def test_nobody_listens() -> None:

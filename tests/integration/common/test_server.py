@@ -127,15 +127,28 @@ async def test_health_reflection_and_metrics(server: Running) -> None:
     assert end.state == jobs_pb2.JOB_STATE_SUCCEEDED
     text = await asyncio.to_thread(_metrics, server.ready["metrics_port"])
     for line in (
-        'granq_rpc_total{code="OK",method="/granq.v1.GeneratorService/StartSynthesize"} 1.0',
+        'grpc_server_handled_total{grpc_code="OK",grpc_method="StartSynthesize",'
+        'grpc_service="granq.v1.GeneratorService",grpc_type="unary"} 1.0',
+        'grpc_server_handled_total{grpc_code="INTERNAL",grpc_method="StartSynthesize",'
+        'grpc_service="granq.v1.GeneratorService",grpc_type="unary"} 0.0',
         'granq_jobs_total{kind="count",outcome="succeeded"} 1.0',
         'granq_jobs_running{kind="count"} 0.0',
         'granq_job_duration_seconds_count{kind="count",outcome="succeeded"} 1.0',
-        'granq_training_loss{kind="count",loss="loss_test"} 0.3333333333333333',
-        'granq_training_iterations_per_second{kind="count"} 0.0',
+        'granq_job_process_deaths_total{kind="count"} 0.0',
+        'granq_job_resident_memory_bytes{kind="count"} 0.0',
+        'granq_job_wait_seconds_count{kind="count"} 1.0',
+        'granq_job_queue_oldest_seconds{kind="count"} 0.0',
         'granq_artifact_bytes_total{direction="write"} 10.0',
+        'granq_artifact_operations_total{operation="write"}',
+        'granq_build_info{python="',
+        'granq_disk_free_bytes{volume="artifacts"}',
     ):
         assert line in text
+    # A job that trains shows its figures; one that has ended does not.
+    assert "granq_training_loss{" not in text
+    assert "granq_training_iterations_per_second{" not in text
+    cpu = next(line for line in text.splitlines() if line.startswith('granq_job_cpu_seconds_total{kind="count"}'))
+    assert float(cpu.split()[-1]) > 0
 
 
 def _metrics(port: int) -> str:

@@ -15,6 +15,7 @@ from services.common.errors import (
 )
 from services.coordinator.database import database_engine, parse_url, prepare_database
 from services.coordinator.repository import Position
+from services.coordinator.statistics import read_statistics
 from services.coordinator.transitions import State
 from tests.support.pipelines import ME, Database, spec
 
@@ -55,7 +56,10 @@ def test_pages_can_be_of_some_states(sqlite: Database) -> None:
     assert [p.pipeline_id for p in found] == [names[1], names[0]]
     assert following is None
     assert sqlite.repository.page([State.PIPELINE_STATE_FAILED], Position(0, ""), 10) == ([], None)
-    assert sqlite.repository.counts() == {State.PIPELINE_STATE_QUEUED: 2, State.PIPELINE_STATE_CANCELLING: 2}
+    assert read_statistics(sqlite.engine).by_state == {
+        State.PIPELINE_STATE_QUEUED: 2,
+        State.PIPELINE_STATE_CANCELLING: 2,
+    }
     assert {p.pipeline_id for p in sqlite.repository.unfinished()} == set(names)
 
 
