@@ -18,7 +18,16 @@ _MAX_AXES = 6
 
 
 def to_tensor(array: NDArray[np.float32] | NDArray[np.int64]) -> common_pb2.Tensor:
-    """Return an array as a message, in row-major order.
+    """Return an array as a message; raises as `fill_tensor` does."""
+    tensor = common_pb2.Tensor()
+    fill_tensor(tensor, array)
+    return tensor
+
+
+def fill_tensor(tensor: common_pb2.Tensor, array: NDArray[np.float32] | NDArray[np.int64]) -> None:
+    """Write an array into an empty message, in row-major order.
+
+    For images: a message that is set into another is copied there, and once more into the next.
 
     Raises:
         TypeError: The array is neither float32 nor int64; conversion is the caller's decision.
@@ -28,8 +37,10 @@ def to_tensor(array: NDArray[np.float32] | NDArray[np.int64]) -> common_pb2.Tens
         raise ValueError(f"a tensor has at most {_MAX_AXES} axes, got {array.ndim}")
     for data_type, wire in _WIRE_TYPES.items():
         if array.dtype == wire.newbyteorder("="):
-            data = np.ascontiguousarray(array, dtype=wire).tobytes()
-            return common_pb2.Tensor(data_type=data_type, shape=array.shape, data=data)
+            tensor.data_type = data_type
+            tensor.shape.extend(array.shape)
+            tensor.data = np.ascontiguousarray(array, dtype=wire).tobytes()
+            return
     raise TypeError(f"a tensor is float32 or int64, got {array.dtype}")
 
 
@@ -51,10 +62,11 @@ def from_tensor(tensor: common_pb2.Tensor, field: str = "") -> NDArray[np.float3
     if len(shape) > _MAX_AXES or any(length < 0 for length in shape):
         raise InvalidArgumentError(f"a tensor cannot have the shape {shape}", field=f"{prefix}shape")
     expected = math.prod(shape) * wire.itemsize
-    if len(tensor.data) != expected:
+    data = tensor.data  # each look at the field copies its bytes
+    if len(data) != expected:
         raise InvalidArgumentError(
-            f"a tensor of shape {shape} has {expected} bytes, got {len(tensor.data)}", field=f"{prefix}data"
+            f"a tensor of shape {shape} has {expected} bytes, got {len(data)}", field=f"{prefix}data"
         )
     # astype copies also where nothing is swapped: frombuffer alone is a read-only view of the message.
-    array: NDArray[np.float32] | NDArray[np.int64] = np.frombuffer(tensor.data, wire).astype(wire.newbyteorder("="))
+    array: NDArray[np.float32] | NDArray[np.int64] = np.frombuffer(data, wire).astype(wire.newbyteorder("="))
     return array.reshape(shape)

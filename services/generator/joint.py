@@ -9,7 +9,7 @@ import torch
 from granq.v1 import common_pb2, generator_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
-from services.common.tensors import from_tensor, to_tensor
+from services.common.tensors import fill_tensor, from_tensor
 from services.generator.states import Effort, load_state, save_state
 from services.generator.synthesis import Batch, SynthesisParameters
 from services.generator.training import create_synthesizer
@@ -59,15 +59,13 @@ class JointTraining:
     def draw(self) -> generator_pb2.CoTrainResponse:
         """Return the next batch."""
         batch = self._batch = self._synthesizer.draw()
-        return generator_pb2.CoTrainResponse(
-            batch=generator_pb2.CoTrainBatch(
-                iteration=batch.iteration,
-                images=to_tensor(batch.images.cpu().numpy()),
-                labels=to_tensor(batch.labels.cpu().numpy()),
-                logits=to_tensor(batch.logits.cpu().numpy()),
-                bn_loss=float(batch.bn_loss),
-            )
-        )
+        response = generator_pb2.CoTrainResponse()
+        message = response.batch
+        message.iteration, message.bn_loss = batch.iteration, float(batch.bn_loss)
+        fill_tensor(message.images, batch.images.cpu().numpy())
+        fill_tensor(message.labels, batch.labels.cpu().numpy())
+        fill_tensor(message.logits, batch.logits.cpu().numpy())
+        return response
 
     def step(self, gradients: generator_pb2.CoTrainGradients) -> None:
         """Step the generator with the student's gradients.

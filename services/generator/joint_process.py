@@ -66,8 +66,7 @@ def serve(opening: generator_pb2.CoTrainOpen, settings: GeneratorSettings, inbox
     from services.generator.joint import JointTraining
 
     def send(response: generator_pb2.CoTrainResponse) -> None:
-        outlet.write(wire.encode(Frame.RESULT, response.SerializeToString()))
-        outlet.flush()
+        wire.write(outlet, Frame.RESULT, response.SerializeToString())
 
     store = ArtifactStore(settings.artifact_url, settings.cache_dir)
     training = JointTraining(opening, store, settings.torch_threads, settings.max_message_bytes)
@@ -112,8 +111,7 @@ def main() -> None:
             log.warning("joint training refused", reason=error.reason, detail=error.message)
         else:
             log.exception("joint training failed")
-        outlet.write(wire.encode(Frame.FAILURE, to_failure(error).SerializeToString()))
-        outlet.flush()
+        wire.write(outlet, Frame.FAILURE, to_failure(error).SerializeToString())
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of the pipe and of torch must not hold the process.

@@ -32,8 +32,8 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         self,
         request_iterator: AsyncIterator[generator_pb2.CoTrainRequest],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[generator_pb2.CoTrainResponse]:
-        """Train a generator together with the caller's student."""
+    ) -> AsyncIterator[Any]:
+        """Train a generator together with the caller's student; responses stay serialized, as they came."""
         first = await anext(aiter(request_iterator), None)
         if first is None or not first.HasField("open"):
             raise InvalidArgumentError("the first message of the stream must be open", field="open")
@@ -54,7 +54,7 @@ async def _pass_on(requests: AsyncIterator[generator_pb2.CoTrainRequest], sessio
     await session.end()
 
 
-async def _receive(session: JointSession, inward: asyncio.Task[None]) -> generator_pb2.CoTrainResponse | None:
+async def _receive(session: JointSession, inward: asyncio.Task[None]) -> bytes | None:
     """Return the process's next message, or raise what went wrong on the way in, such as an invalid request."""
     outward = asyncio.create_task(session.receive())
     try:

@@ -9,14 +9,18 @@ from contextlib import asynccontextmanager, suppress
 from typing import Self
 
 from granq.v1 import common_pb2, generator_pb2
-from services.common.errors import InternalError, ResourceExhaustedError, UnavailableError, from_failure
-from services.common.jobs import wire
+from services.common.errors import ResourceExhaustedError, UnavailableError, from_failure
 from services.common.jobs.process import child_environment
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
+<<<<<<< Updated upstream
 from services.common.metrics import CHILDREN
+=======
+from services.generator.pipes import FramePipes
+>>>>>>> Stashed changes
 from services.generator.settings import GeneratorSettings
 
+PROCESS_MODULE = "services.generator.joint_process"
 _log = get_logger(__name__)
 
 
@@ -24,14 +28,13 @@ class JointSession:
     """One stream's process. Messages go in and out unread.
 
     Args:
-        process: The process, with pipes on standard input and output.
+        process: The process.
+        pipes: Its standard input and output.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        if process.stdin is None or process.stdout is None:
-            raise InternalError("the process has no pipes")
+    def __init__(self, process: asyncio.subprocess.Process, pipes: FramePipes) -> None:
         self._process = process
-        self._stdin, self._stdout = process.stdin, process.stdout
+        self._pipes = pipes
 
     @classmethod
     async def spawn(cls, opening: generator_pb2.CoTrainOpen, settings: GeneratorSettings) -> "JointSession":
@@ -49,24 +52,33 @@ class JointSession:
             settings="",
             settings_json=settings.model_dump_json(),
         )
+        pipes: FramePipes | None = None
         try:
+            pipes = FramePipes()
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-P",
                 "-m",
-                "services.generator.joint_process",
+                PROCESS_MODULE,
                 str(os.getpid()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
+                stdin=pipes.child_in,
+                stdout=pipes.child_out,
                 env=child_environment(),
                 start_new_session=True,
             )
-        except OSError as error:
-            raise UnavailableError("the server cannot start a process now", reason="NO_PROCESS") from error
-        session = cls(process)
+        except BaseException as error:
+            if pipes is not None:
+                pipes.close()
+            if isinstance(error, OSError):
+                raise UnavailableError("the server cannot start a process now", reason="NO_PROCESS") from error
+            raise
+        finally:
+            if pipes is not None:
+                pipes.drop_child_ends()
+        session = cls(process, pipes)
         try:
-            await session._write(wire.encode(Frame.START, start.model_dump_json().encode()))
-            await session._write(wire.encode(Frame.REQUEST, opening.SerializeToString()))
+            await session._write(Frame.START, start.model_dump_json().encode())
+            await session._write(Frame.REQUEST, opening.SerializeToString())
         except BaseException:
             # Cancelled before anyone else knows of the process.
             await asyncio.shield(session.close())
@@ -78,30 +90,29 @@ class JointSession:
         """Process id."""
         return self._process.pid
 
-    async def _write(self, frame: bytes) -> None:
+    async def _write(self, kind: Frame, payload: bytes) -> None:
         # A process that is gone takes nothing; `receive` tells how it ended.
         with suppress(ConnectionError):
-            self._stdin.write(frame)
-            await self._stdin.drain()
+            await self._pipes.write(kind, payload)
 
     async def send(self, request: generator_pb2.CoTrainRequest) -> None:
         """Pass one message of the client on."""
-        await self._write(wire.encode(Frame.REQUEST, request.SerializeToString()))
+        await self._write(Frame.REQUEST, request.SerializeToString())
 
     async def end(self) -> None:
         """Say that the client sends no more; the process answers what it was sent, and leaves."""
-        self._stdin.close()
+        await self._pipes.end()
 
-    async def receive(self) -> generator_pb2.CoTrainResponse | None:
-        """Wait for the next message to the client; None after the last.
+    async def receive(self) -> bytes | None:
+        """Wait for the next message to the client, a serialized CoTrainResponse; None after the last.
 
         Raises:
             GranqError: What ended the training.
             UnavailableError: The process died; reason CO_TRAIN_PROCESS_DIED.
         """
-        frame = await wire.read_async(self._stdout)
+        frame = await self._pipes.read()
         if frame is not None and frame[0] is Frame.RESULT:
-            return generator_pb2.CoTrainResponse.FromString(frame[1])
+            return frame[1]
         if frame is not None:
             raise from_failure(common_pb2.Failure.FromString(frame[1]))
         code = await self._process.wait()
@@ -116,7 +127,7 @@ class JointSession:
         """End the process now, if it is still there."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._stdin.close()
+        self._pipes.close()
         await self._process.wait()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from granq.v1 import artifacts_pb2, common_pb2, generator_pb2, generator_pb2_grpc, jobs_pb2
 from services.common.errors import InternalError, UnavailableError
 from services.common.rpc.status import status_to_error
-from services.common.tensors import from_tensor, to_tensor
+from services.common.tensors import fill_tensor, from_tensor
 from services.quantizer.batches import Batch
 
 CONNECT_SECONDS = 20.0
@@ -89,12 +89,11 @@ class CoTrainSource:
 
     def answer(self, iteration: int, images: Tensor, logits: Tensor) -> None:
         """Send the gradients of the generator's loss by the images and by the teacher's logits."""
-        gradients = generator_pb2.CoTrainGradients(
-            iteration=iteration,
-            images=to_tensor(images.detach().contiguous().cpu().numpy()),
-            logits=to_tensor(logits.detach().contiguous().cpu().numpy()),
-        )
-        self._requests.put(generator_pb2.CoTrainRequest(gradients=gradients))
+        request = generator_pb2.CoTrainRequest()
+        request.gradients.iteration = iteration
+        fill_tensor(request.gradients.images, images.detach().cpu().numpy())
+        fill_tensor(request.gradients.logits, logits.detach().cpu().numpy())
+        self._requests.put(request)
 
     def save(self) -> str:
         """Return the digest of the generator's state after the last answer."""

@@ -56,6 +56,13 @@ def encode(kind: Frame, payload: bytes = b"") -> bytes:
     return _HEAD.pack(kind.value, len(payload)) + payload
 
 
+def write(stream: BinaryIO, kind: Frame, payload: bytes) -> None:
+    """Send one frame; unlike `encode`, without a copy of the payload."""
+    stream.write(_HEAD.pack(kind.value, len(payload)))
+    stream.write(payload)
+    stream.flush()
+
+
 def read(stream: BinaryIO) -> tuple[Frame, bytes] | None:
     """Wait for the next frame; None when the other side is gone."""
     head = stream.read(_HEAD.size)

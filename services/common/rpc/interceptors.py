@@ -38,6 +38,11 @@ async def _accepted(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[A
         yield call.accept(message)
 
 
+def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Let a handler that passes messages of another process on yield them as they came, serialized."""
+    return lambda message: message if isinstance(message, bytes) else serialize(message)
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of all methods.
 
@@ -80,9 +85,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         }[handler.request_streaming, handler.response_streaming]
         wrap = self._streaming if handler.response_streaming else self._unary
         return make(
+<<<<<<< Updated upstream
             wrap(figures, behavior, handler.request_streaming),
             handler.request_deserializer,
             handler.response_serializer,
+=======
+            wrap(method, behavior, handler.request_streaming),
+            handler.request_deserializer,
+            _unless_bytes(handler.response_serializer),
+>>>>>>> Stashed changes
         )
 
     def _unary(self, figures: MethodMetrics, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:

@@ -1,0 +1,1 @@
+"""What being a service costs: joint training, transfers, start-up, and a coordinator under load."""

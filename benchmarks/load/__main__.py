@@ -1,0 +1,66 @@
+"""Command line of the load tables.
+
+python -m benchmarks.load cotrain --out benchmarks/results/load_cotrain.md
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.results_table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="What being a service costs, measured.")
+
+Out = Annotated[Path | None, typer.Option(help="Markdown file to write, after each row.")]
+
+
+@app.command("cotrain")
+def cotrain_command(
+    case: Annotated[list[str] | None, typer.Option(help="NETWORK@SIDExBATCH; repeatable.")] = None,
+    cores: Annotated[list[int] | None, typer.Option(help="Cores that all processes share; repeatable.")] = None,
+    threads: Annotated[int, typer.Option(help="Of each process.")] = 1,
+    iterations: Annotated[int, typer.Option(help="In each round.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Turns of both ways.")] = 6,
+    out: Out = None,
+) -> None:
+    """An iteration of joint training: in one process, and through a generator server."""
+    # Each command imports what it needs alone: some must not pay for torch, and one measures imports.
+    from benchmarks.load import joint
+
+    notes = [
+        "Both ways run the same Trainer with W4A4 students of dynamic ranges per sample and channel; rounds alternate.",
+        f"{rounds} rounds of {iterations} iterations each, {threads} thread(s) in each process. "
+        "Milliseconds from batch to batch: median (least).",
+        "On one core, CPU and wall are what a service costs in all; on two, the steps of both overlap.",
+        "CPU: all threads of trainer, server and stream process, least of the rounds' means.",
+    ]
+    table = Table(out, "Joint training as a service", joint.COLUMNS, notes)
+    for text in case or ["resnet20@32x16", "resnet20@32x200", "resnet18@64x16"]:
+        for count in cores or [1, 2]:
+            table.add(*joint.measure(joint.Case.parse(text), threads, count, iterations, rounds))
+
+
+@app.command("messages")
+def messages_command(
+    case: Annotated[list[str] | None, typer.Option(help="NETWORK@SIDExBATCH; repeatable.")] = None,
+    iterations: Annotated[int, typer.Option(help="In each round.")] = 40,
+    rounds: Annotated[int, typer.Option(help="Turns of both ways.")] = 3,
+    out: Out = None,
+) -> None:
+    """The messages of joint training alone: a generator that computes nothing, and gRPC alone as the floor."""
+    from benchmarks.load import joint, messages
+
+    notes = [
+        "An iteration's batch and gradients, there and back, with a stub in the generator's place. "
+        "Milliseconds: median (least). CPU: all processes, least of the rounds' means.",
+        f"{rounds} rounds of {iterations} iterations, in turn.",
+        "Floor: the images' bytes alone through one gRPC stream between two processes, neither parsed nor passed on.",
+    ]
+    table = Table(out, "Messages of joint training", messages.COLUMNS, notes)
+    for text in case or ["resnet20@32x16", "resnet20@32x200", "resnet18@224x16"]:
+        table.add(*messages.measure(joint.Case.parse(text), iterations, rounds))
+
+
+if __name__ == "__main__":
+    app()
