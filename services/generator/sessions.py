@@ -13,11 +13,8 @@ from services.common.errors import ResourceExhaustedError, UnavailableError, fro
 from services.common.jobs.process import child_environment
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
-<<<<<<< Updated upstream
 from services.common.metrics import CHILDREN
-=======
 from services.generator.pipes import FramePipes
->>>>>>> Stashed changes
 from services.generator.settings import GeneratorSettings
 
 PROCESS_MODULE = "services.generator.joint_process"

@@ -85,15 +85,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         }[handler.request_streaming, handler.response_streaming]
         wrap = self._streaming if handler.response_streaming else self._unary
         return make(
-<<<<<<< Updated upstream
             wrap(figures, behavior, handler.request_streaming),
             handler.request_deserializer,
-            handler.response_serializer,
-=======
-            wrap(method, behavior, handler.request_streaming),
-            handler.request_deserializer,
             _unless_bytes(handler.response_serializer),
->>>>>>> Stashed changes
         )
 
     def _unary(self, figures: MethodMetrics, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
