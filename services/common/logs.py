@@ -9,6 +9,8 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 get_logger = structlog.stdlib.get_logger
+# At the level DEBUG these log the requests that they send, with keys and session tokens.
+_TELL_TALES = ("aiobotocore", "aiohttp", "boto3", "botocore", "fsspec", "gcsfs", "google.auth", "s3fs", "urllib3")
 
 
 def configure_logging(
@@ -41,7 +43,9 @@ def configure_logging(
     if log_format == "json":
         renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     else:
-        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # Plain, because tracebacks with the values of variables would show whatever a program holds: keys, tokens.
+        plain = structlog.dev.plain_traceback
+        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -54,6 +58,8 @@ def configure_logging(
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level)
+    for library in _TELL_TALES:
+        logging.getLogger(library).setLevel(max(root.level, logging.INFO))
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -73,9 +73,6 @@ class ArtifactTransfer:
         size = (await self._threads.call(self._store.stat, digest)).size_bytes
         file = await self._threads.call(self._store.open, digest, offset)
         try:
-            if offset > 0:
-                # Bytes can only be checked together with those before them.
-                await self._threads.call(self._store.verify, digest)
             sent = False
             while chunk := await self._threads.call(file.read, CHUNK_BYTES):
                 yield artifacts_pb2.DownloadArtifactResponse(size_bytes=size, chunk=chunk)

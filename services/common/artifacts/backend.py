@@ -4,8 +4,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Protocol
 
-from services.common.errors import GranqError, UnavailableError, as_granq_error
+from services.common.errors import (
+    FailedPreconditionError,
+    GranqError,
+    ResourceExhaustedError,
+    UnavailableError,
+    as_granq_error,
+)
 from services.common.metrics import artifact_operation
+
+# Codes of S3's protocol, which most object stores speak, for requests that no repetition makes good. A question for an
+# object's size is answered without a code: 400 when the session has expired, else 403.
+_DENIED = frozenset(
+    {
+        *("400", "403", "AccessDenied", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken"),
+        *("InvalidAccessKeyId", "InvalidToken", "NoCredentialsError", "PartialCredentialsError"),
+        *("SignatureDoesNotMatch", "TokenRefreshRequired"),
+    }
+)
+_MISSING = frozenset({"InvalidBucketName", "NoSuchBucket"})
+_FULL = frozenset({"507", "EntityTooLarge", "QuotaExceeded", "XMinioStorageFull"})
 
 
 class Staged(Protocol):
@@ -47,21 +65,57 @@ class Backend(Protocol):
 def storage_operation(operation: str, *kinds: type[Exception]) -> Iterator[None]:
     """Count and time an operation, and tell failures of the storage as errors of the domain.
 
+    They are told in words of ours: those of a library may quote keys and addresses.
+
     Args:
         operation: One of `services.common.metrics.artifacts.OPERATIONS`.
         kinds: Exceptions that mean a failure of the storage.
 
     Raises:
-        ResourceExhaustedError: The disk is full.
+        FileNotFoundError: The file is not there.
+        ResourceExhaustedError: The disk, or the bucket's quota, is full.
+        FailedPreconditionError: The bucket does not exist, or the store does not take the credentials.
         UnavailableError: Anything else; the cause is chained, for the log.
     """
     try:
         with artifact_operation(operation):
             yield
-    except (GranqError, FileNotFoundError):
+    except GranqError:
         raise
     except kinds as error:
-        if (known := as_granq_error(error)) is not None:
+        known = _refusal(error) or as_granq_error(error)
+        if known is None and isinstance(error, FileNotFoundError):
+            raise
+        if known is not None:
             raise known from error
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise UnavailableError(f"the artifact store failed: {what}", reason="STORE_UNAVAILABLE") from error
+
+
+def _refusal(error: BaseException) -> GranqError | None:
+    """Return the error for an object store's answer that stays the same however often it is asked."""
+    codes: set[str] = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        codes.add(type(cause).__name__)
+        response = getattr(cause, "response", None)  # of botocore's ClientError
+        if isinstance(response, dict):
+            codes.add(str(response.get("Error", {}).get("Code")))
+            codes.add(str(response.get("ResponseMetadata", {}).get("HTTPStatusCode")))
+        cause = cause.__cause__
+    if codes & _FULL:
+        return ResourceExhaustedError(
+            "the artifact store is full; free space or raise its quota, and try again", reason="DISK_FULL"
+        )
+    if codes & _MISSING:
+        return FailedPreconditionError(
+            "the artifact store's bucket does not exist; create it, or correct GRANQ_ARTIFACT_URL",
+            reason="STORE_MISSING",
+        )
+    if codes & _DENIED:
+        return FailedPreconditionError(
+            "the artifact store refuses this server's credentials; check them, and that they allow to read, write, "
+            "list and delete",
+            reason="STORE_DENIED",
+        )
+    return None

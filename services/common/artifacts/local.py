@@ -21,6 +21,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _unless_missing(error: OSError) -> None:
+    # A folder that cannot be read must not pass for an empty one: what it refers to would seem to be in no use.
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 class LocalStaged:
     """A file under a temporary name on the same file system, so that a rename publishes it."""
 
@@ -28,10 +34,17 @@ class LocalStaged:
         self._root = root
         self.path = root / _STAGING / uuid.uuid4().hex
         with storage_operation("open", OSError):
-            # Blobs never change: read-only also for their owner, less the umask.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+            try:
+                descriptor = self._create()
+            except FileNotFoundError:  # Someone tidied up.
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = self._create()
             self._file = os.fdopen(descriptor, "wb")
         self._ended = False
+
+    def _create(self) -> int:
+        # Blobs never change: read-only also for their owner, less the umask.
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
@@ -50,12 +63,14 @@ class LocalStaged:
         target = self._root / path
         with storage_operation("publish", OSError):
             self._file.close()
-            fresh = not target.parent.is_dir()
+            changed = [target.parent]
+            while not changed[-1].is_dir():
+                changed.append(changed[-1].parent)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.path.replace(target)
-            _sync_folder(target.parent)
-            if fresh:
-                _sync_folder(target.parent.parent)
+            # A new folder's own name is in its parent, which must reach the disk, too.
+            for folder in changed:
+                _sync_folder(folder)
         self._ended = True
 
     def discard(self) -> None:
@@ -119,7 +134,7 @@ class LocalBackend:
         """Return the paths of all files that begin with a prefix, sorted."""
         found = []
         with storage_operation("list", OSError):
-            for folder, _, names in os.walk(self._root / prefix.rpartition("/")[0]):
+            for folder, _, names in os.walk(self._root / prefix.rpartition("/")[0], onerror=_unless_missing):
                 relative = Path(folder).relative_to(self._root)
                 found += [(relative / name).as_posix() for name in names]
         return sorted(path for path in found if path.startswith(prefix))

@@ -6,6 +6,7 @@ from fsspec.core import url_to_fs
 
 from services.common.artifacts.backend import storage_operation
 from services.common.artifacts.local import LocalBackend, LocalStaged
+from services.common.errors import FailedPreconditionError
 
 
 class RemoteStaged:
@@ -39,8 +40,14 @@ class RemoteBackend:
         self._cache = cache
         # Every kind of bucket raises its own library's exceptions, so all of them count as failures of the storage.
         with storage_operation("open", Exception):
-            # Other processes write to the same bucket: a remembered listing would hide their work.
-            fs, root = url_to_fs(url, use_listings_cache=False)
+            try:
+                # Other processes write to the same bucket: a remembered listing would hide their work.
+                fs, root = url_to_fs(url, use_listings_cache=False)
+            except ImportError as error:
+                scheme = url.partition(":")[0]
+                raise FailedPreconditionError(
+                    f"stores at {scheme}:// need a driver that is not installed: {error}", reason="STORE_DRIVER_MISSING"
+                ) from error
         self._fs: Any = fs
         self._root = str(root).rstrip("/")
 

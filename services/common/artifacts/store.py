@@ -10,10 +10,10 @@ from typing import BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
 from granq.v1 import artifacts_pb2
-from services.common.artifacts.backend import Backend, Staged
+from services.common.artifacts.backend import Backend, Staged, storage_operation
 from services.common.artifacts.local import LocalBackend
 from services.common.artifacts.reader import VerifyingReader, damaged
-from services.common.errors import InvalidArgumentError, NotFoundError
+from services.common.errors import DataLossError, InvalidArgumentError, NotFoundError
 from services.common.metrics import ARTIFACT_BYTES
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -38,6 +38,17 @@ def _ref_path(name: str) -> str:
     if _REF.fullmatch(name) is None:
         raise InvalidArgumentError(f"{name!r} is no name of a reference")
     return f"refs/{name}{_REF_SUFFIX}"
+
+
+def _exhaust(stream: BinaryIO) -> None:
+    while stream.read(_CHUNK):
+        pass
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what differs once a file was written to or replaced; no program can set the time of its last change."""
+    found = path.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class ArtifactWriter:
@@ -86,19 +97,25 @@ class ArtifactStore:
     """Blobs and references at one URL, shared by processes and machines.
 
     All methods block on disk or network; call them in a thread from asyncio. They raise UnavailableError when the
-    store cannot be reached, and those that write raise ResourceExhaustedError when the disk is full.
+    store cannot be reached, FailedPreconditionError when its bucket does not exist or refuses the credentials, and
+    those that write raise ResourceExhaustedError when the disk is full.
 
     Args:
-        url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, or memory://name for tests.
+        url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, or memory://name for tests. Credentials are
+            not part of it: drivers take them from the environment, where no message or log repeats them.
         cache_dir: Local copies of a remote store's blobs. Default: granq in the user's cache folder.
     """
 
     def __init__(self, url: str, cache_dir: Path | None = None) -> None:
         self.url = url
         self.cache_dir = cache_dir
-        self._verified: set[str] = set()
+        self._verified: dict[str, tuple[int, ...]] = {}
         self._backend: Backend
         parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            # Not repeated here: whatever stands there may be a secret.
+            message = "an artifact URL is scheme://bucket/prefix alone; set credentials in the driver's environment"
+            raise InvalidArgumentError(message, field="artifact_url")
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
                 raise InvalidArgumentError(f"a file URL is file:///absolute/folder, got {url!r}", field="artifact_url")
@@ -151,21 +168,30 @@ class ArtifactStore:
         """Open a blob to read from a byte offset.
 
         Read from its first byte in order, damage raises DataLossError with the last bytes, before they are returned.
-        From another offset nothing is verified; call `verify` first where that matters.
+        From another offset, a local copy is read whose every byte was verified before.
 
         Raises:
             NotFoundError: The store does not hold it.
             InvalidArgumentError: The offset is outside of 0 to its size.
+            DataLossError: The stored bytes do not match the digest.
         """
         size = self.stat(digest).size_bytes
         if not 0 <= offset <= size:
             raise InvalidArgumentError(f"the offset {offset} is outside of the {size} bytes", field="offset")
+        if offset:
+            path = self.local_path(digest)
+            with storage_operation("open", OSError):
+                file = path.open("rb", buffering=_CHUNK)
+            file.seek(offset)
+            return file
+        return self._reader(self._backend, digest)
+
+    def _reader(self, backend: Backend, digest: str) -> BinaryIO:
+        path = _blob_path(digest)
         try:
-            reader = VerifyingReader(self._backend.open(_blob_path(digest)), size, digest)
+            return io.BufferedReader(VerifyingReader(backend.open(path), backend.size(path), digest), _CHUNK)
         except FileNotFoundError as error:
             raise _not_found(digest) from error
-        reader.seek(offset)
-        return io.BufferedReader(reader, _CHUNK)
 
     def read_bytes(self, digest: str) -> bytes:
         """Return a whole blob, verified.
@@ -180,39 +206,48 @@ class ArtifactStore:
     def verify(self, digest: str) -> None:
         """Read a whole blob and compare; raises as `read_bytes` does."""
         with self.open(digest) as file:
-            while file.read(_CHUNK):
-                pass
+            _exhaust(file)
 
     def local_path(self, digest: str) -> Path:
-        """Return a file with a blob's content, not to be changed: the store's own, or a copy verified as it was made.
+        """Return a file with a blob's content, not to be changed: the store's own, or a copy of a remote one.
 
-        The store's own is verified, too, when it is asked for the first time.
+        It is verified when it is asked for the first time, and again whenever the file has changed since. A copy that
+        is damaged is replaced by a new one.
 
         Raises:
             NotFoundError: The store does not hold it.
             DataLossError: The stored bytes do not match the digest.
         """
         path = _blob_path(digest)
-        if self._backend is self._files and digest not in self._verified:
-            self.verify(digest)
-            self._verified.add(digest)
-        elif self._backend is not self._files and not self._is_cached(digest):
-            with self.open(digest) as file, ArtifactWriter(self._files.stage(), "", "") as writer:
-                while chunk := file.read(_CHUNK):
-                    writer.write(chunk)
-                if writer.digest != digest:
-                    raise damaged(digest)
-                writer.commit()
         try:
-            return self._files.local_path(path)
+            file = self._files.local_path(path)
+            state = _state(file)
         except FileNotFoundError as error:
-            raise _not_found(digest) from error
+            if self._backend is self._files:
+                raise _not_found(digest) from error
+            file = self._copy(digest)
+            state = _state(file)
+        if self._verified.get(digest) != state:
+            try:
+                with self._reader(self._files, digest) as stream:
+                    _exhaust(stream)
+            except DataLossError:
+                if self._backend is self._files:
+                    raise
+                file = self._copy(digest)
+                state = _state(file)
+            self._verified[digest] = state
+        return file
 
-    def _is_cached(self, digest: str) -> bool:
-        try:
-            return self._files.size(_blob_path(digest)) == self.stat(digest).size_bytes
-        except FileNotFoundError:
-            return False
+    def _copy(self, digest: str) -> Path:
+        """Fetch a remote blob anew and return the copy, which was verified on its way."""
+        with self.open(digest) as file, ArtifactWriter(self._files.stage(), "", "") as writer:
+            while chunk := file.read(_CHUNK):
+                writer.write(chunk)
+            if writer.digest != digest:
+                raise damaged(digest)
+            writer.commit()
+        return self._files.local_path(_blob_path(digest))
 
     def set_ref(self, name: str, data: bytes) -> None:
         """Set a small named value, such as "jobs/<id>/checkpoint"; readers see the old or the new one, never a mix."""

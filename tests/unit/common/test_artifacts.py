@@ -194,6 +194,65 @@ def test_really_full_disk(tmp_path: Path) -> None:
         staged.write(BLOB)
 
 
+def test_bytes_reach_the_disk_before_their_name_and_new_folders_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = ArtifactStore(folder.as_uri())
+    steps: list[str] = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        steps.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_sync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        steps.append("rename")
+        real_replace(source, target)
+
+    monkeypatch.setattr("os.fsync", sync)
+    monkeypatch.setattr("os.replace", replace)
+    digest = local.put_bytes(BLOB).digest
+    assert steps[0].startswith(f"{folder}/tmp/")
+    assert steps[1] == "rename"
+    assert steps[2:] == [
+        f"{folder}/blobs/sha256/{digest[7:9]}",
+        f"{folder}/blobs/sha256",
+        f"{folder}/blobs",
+        f"{folder}",
+    ]
+
+
+def test_a_removed_folder_for_uploads_is_made_again(local: ArtifactStore, folder: Path) -> None:
+    (folder / "tmp").rmdir()
+    assert local.read_bytes(local.put_bytes(b"abc").digest) == b"abc"
+
+
+def test_a_file_that_changed_after_it_was_verified_is_verified_again(local: ArtifactStore) -> None:
+    digest = local.put_bytes(BLOB).digest
+    path = local.local_path(digest)
+    before = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(bytes(len(BLOB)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as who wants to hide it would
+    with pytest.raises(DataLossError):
+        local.local_path(digest)
+    with pytest.raises(DataLossError):
+        local.open(digest, 100)
+
+
+def test_references_that_cannot_be_listed_are_not_taken_for_none(
+    local: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.set_ref("jobs/a", b"1")
+
+    def refuse(_path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UnavailableError, match="Permission denied"):
+        local.list_refs()
+
+
 def test_unreadable_store_is_unavailable(local: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = local.put_bytes(b"abc").digest
 
