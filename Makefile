@@ -16,10 +16,10 @@ CONTRACT := pyproject.toml hatch_build.py services/quantizer/kernels/cpu.cpp $(w
 DEMO_OUT ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test lint types format protos clean
+.PHONY: help venv install install-dev demo test lint types format protos images-check clean
 
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.made ## Make the virtual environment in .venv
 
@@ -64,6 +64,10 @@ format: $(VENV)/.installed-dev ## Format the code and sort its imports
 
 protos: $(VENV)/.installed-dev ## Generate the stubs in granq/v1 from protos/ anew
 	$(BIN)/python hatch_build.py
+
+images-check: $(VENV)/.installed-dev ## Build all images by buildah, run each and ask for its health; root, minutes, 40 GB of disk
+	tools/apt.sh buildah mmdebstrap iproute2
+	$(BIN)/python -m benchmarks.images --out benchmarks/results/images.md $(ARGS)
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) demo-out granq-data dist build granq/v1 .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

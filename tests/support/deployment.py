@@ -1,12 +1,12 @@
 """Readers for what deploy/ declares and for what the code says of the same things."""
 
 import fnmatch
+import functools
 import importlib
 import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,75 @@ class Instruction:
     arguments: str
 
 
-def read_dockerfile(path: Path) -> list[Instruction]:
-    """Return the instructions of a Dockerfile in order, without comments."""
-    lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
-    return [Instruction(name.upper(), rest) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a Dockerfile: what it builds on (a stage's name or an image), and its own instructions."""
+
+    base: str
+    instructions: tuple[Instruction, ...]
 
 
-def stages(instructions: list[Instruction]) -> list[list[Instruction]]:
-    """Split at every FROM; what stands before the first (build arguments) is dropped."""
-    starts = [i for i, instruction in enumerate(instructions) if instruction.name == "FROM"]
-    return [instructions[start:end] for start, end in zip(starts, [*starts[1:], len(instructions)], strict=True)]
+class Dockerfile:
+    """A Dockerfile as its stages by name; stages without a name are not read.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+        parts = (line.partition(" ") for line in joined.splitlines())
+        instructions = [Instruction(name.upper(), rest.strip()) for name, _, rest in parts]
+        starts = [i for i, instruction in enumerate(instructions) if instruction.name == "FROM"]
+        self.arguments = dict(i.arguments.split("=", 1) for i in instructions[: starts[0]] if i.name == "ARG")
+        self.stages: dict[str, Stage] = {}
+        for start, end in zip(starts, [*starts[1:], len(instructions)], strict=True):
+            base, _, name = re.split(r"\s+(AS)\s+", instructions[start].arguments, flags=re.IGNORECASE)
+            self.stages[name] = Stage(base, tuple(instructions[start + 1 : end]))
+
+    def chain(self, target: str) -> list[Instruction]:
+        """Return the instructions that make a target, from those of the stages that it builds on to its own."""
+        stage = self.stages[target]
+        inherited = self.chain(stage.base) if stage.base in self.stages else []
+        return [*inherited, *stage.instructions]
+
+    def base_image(self, target: str) -> str:
+        """Return the image that a target's chain begins with, with the default arguments filled in."""
+        stage = self.stages[target]
+        if stage.base in self.stages:
+            return self.base_image(stage.base)
+        return re.sub(r"\$\{(\w+)\}", lambda match: self.arguments[match[1]], stage.base)
+
+    def environment_of(self, target: str) -> str:
+        """Return the stage whose Python environment a target copies."""
+        (found,) = {
+            match[1]
+            for i in self.chain(target)
+            if i.name == "COPY" and (match := re.match(r"--from=(\S+) /opt/granq ", i.arguments))
+        }
+        return found
+
+
+SERVERS = Dockerfile(DEPLOY / "docker" / "Dockerfile")
+JETSON = Dockerfile(DEPLOY / "docker" / "jetson.Dockerfile")
+TARGETS = {
+    **dict.fromkeys(
+        ("coordinator", "evaluator", "evaluator-rtx", "evaluator-tensorrt", "generator", "quantizer"), SERVERS
+    ),
+    "evaluator-jetson": JETSON,
+}
+"""The Dockerfile of each image; granq-NAME is the image of the target NAME."""
+
+
+def arguments(instructions: list[Instruction], name: str) -> list[str]:
+    """Return the arguments of all instructions of one name."""
+    return [instruction.arguments for instruction in instructions if instruction.name == name]
+
+
+def service_of(target: str) -> str:
+    """Return the service that an image runs, from its name."""
+    return target.removeprefix("granq-").partition("-")[0]
 
 
 def sent_to_builder(path: str) -> bool:
@@ -94,7 +152,8 @@ def settings_variables(service: str) -> set[str]:
     return {f"{declared.model_config['env_prefix']}{field}".upper() for field in declared.model_fields}
 
 
-def render(folder: str) -> list[dict[str, Any]]:
+@functools.cache
+def kustomize(folder: str) -> str:
     """Return what ``kubectl kustomize`` renders for a folder of deploy/kubernetes; skips without kubectl."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -103,17 +162,9 @@ def render(folder: str) -> list[dict[str, Any]]:
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "deprecated" not in result.stderr.lower(), result.stderr
-    return list(yaml.safe_load_all(result.stdout))
+    return result.stdout
 
 
-def of_kind(objects: list[dict[str, Any]], *kinds: str) -> dict[str, dict[str, Any]]:
-    """Return the objects of the given kinds by name."""
-    return {item["metadata"]["name"]: item for item in objects if item["kind"] in kinds}
-
-
-def workloads(objects: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yield service name, pod template and container of every Deployment and StatefulSet."""
-    for name, workload in of_kind(objects, "Deployment", "StatefulSet").items():
-        template = workload["spec"]["template"]
-        (container,) = template["spec"]["containers"]
-        yield name.removeprefix("granq-"), template, container
+def render(folder: str) -> list[dict[str, Any]]:
+    """Return the objects that kustomize renders for a folder of deploy/kubernetes; each caller gets its own."""
+    return list(yaml.load_all(kustomize(folder), yaml.CSafeLoader))

@@ -3,21 +3,21 @@
 No cluster is asked; the checks read the rendered objects.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.support.deployment import (
-    DEPLOY,
     PROJECT,
     SERVICES,
-    of_kind,
-    read_dockerfile,
+    TARGETS,
+    arguments,
     render,
     settings_class,
     settings_variables,
-    workloads,
 )
+from tests.support.manifests import of_kind
 
 Objects = list[dict[str, Any]]
 FOLDERS = ("base", "overlays/cpu", "overlays/gpu")
@@ -26,6 +26,14 @@ FOLDERS = ("base", "overlays/cpu", "overlays/gpu")
 @pytest.fixture(scope="module", params=FOLDERS)
 def objects(request: pytest.FixtureRequest) -> Objects:
     return render(request.param)
+
+
+def workloads(objects: Objects) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield service name, pod template and container of every Deployment and StatefulSet."""
+    for name, workload in of_kind(objects, "Deployment", "StatefulSet").items():
+        template = workload["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        yield name.removeprefix("granq-"), template, container
 
 
 def ports(container: dict[str, Any]) -> dict[str, int]:
@@ -84,9 +92,7 @@ def test_prometheus_finds_the_metrics_port(objects: Objects) -> None:
 
 def test_pods_keep_to_the_restricted_standard(objects: Objects) -> None:
     for service, template, container in workloads(objects):
-        (user,) = (
-            i.arguments for i in read_dockerfile(DEPLOY / "docker" / f"{service}.Dockerfile") if i.name == "USER"
-        )
+        (user,) = arguments(TARGETS[service].chain(service), "USER")
         pod = template["spec"]["securityContext"]
         assert f"{pod['runAsUser']}:{pod['runAsGroup']}" == user, "the image's files and /data belong to this user"
         assert pod["runAsUser"] > 0

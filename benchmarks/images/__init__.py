@@ -1,0 +1,1 @@
+"""Builds the images of deploy/docker and runs them, on a machine without a container engine's daemon."""
