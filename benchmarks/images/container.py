@@ -58,7 +58,7 @@ class Container:
             self._process = subprocess.Popen(  # noqa: S603 - the command is put together above
                 [*command, *self._enter(config.entrypoint)], stdout=output, stderr=subprocess.STDOUT
             )
-        self.pid = self._child()
+        self.pid: int = self._child()
 
     def _child(self) -> int:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
