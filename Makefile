@@ -46,7 +46,7 @@ demo: $(VENV)/.installed ## Quantize the example model through four real servers
 	$(BIN)/python examples/fashion_mnist/demo.py --out $(DEMO_OUT) $(ARGS)
 
 test: $(VENV)/.installed-dev ## Run all tests; ARGS go to pytest
-	@tools/apt.sh dataset-fashion-mnist postgresql || echo "tests that need these packages will skip" >&2
+	@tools/apt.sh dataset-fashion-mnist postgresql prometheus || echo "tests that need these packages will skip" >&2
 	PATH="$$PATH:$(POSTGRES_BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, import rules and the contract

@@ -12,7 +12,7 @@ from tools.metrics_catalogue import PAGE, ROOT, Entry, entries, page
 
 DECLARES = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
 ENTRIES = entries()
-FORBIDDEN_LABELS = re.compile(r"(^|_)(id|ids|name|user|owner|digest|url|path|target)$")
+FORBIDDEN_LABELS = re.compile(r"(^|_)(id|ids|name|user|owner|digest|url|path)$")
 
 
 def names_in_source() -> set[str]:
