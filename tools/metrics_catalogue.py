@@ -7,6 +7,7 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +76,7 @@ def declared(module: ModuleType) -> Iterator[tuple[Metric, tuple[str, ...]]]:
                 yield family, tuple(getattr(family, "_labelnames", ()))
 
 
+@cache
 def entries() -> list[Entry]:
     """Return all metrics of the code, sorted by name."""
     found = {
