@@ -102,7 +102,8 @@ def compile_kernels(root: Path) -> bool:
     with TemporaryDirectory(dir=source.parent) as folder:
         compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
         # In two steps, so that OpenMP's library is not linked: PyTorch brings its own.
-        for arguments in ([*flags, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]):
+        steps: list[list[str | Path]] = [[*flags, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]]
+        for arguments in steps:
             run = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
             if run.returncode != 0:
                 sys.stderr.write(f"the quantizer's CPU kernels do not compile and are left out:\n{run.stderr}")
