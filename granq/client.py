@@ -13,7 +13,14 @@ import grpc
 from granq.channel import open_channel
 from granq.errors import from_rpc_error
 from granq.transfer import Progress, Transfers
-from granq.v1 import artifacts_pb2, artifacts_pb2_grpc, coordinator_pb2, coordinator_pb2_grpc
+from granq.v1 import (
+    artifacts_pb2,
+    artifacts_pb2_grpc,
+    coordinator_pb2,
+    coordinator_pb2_grpc,
+    devices_pb2,
+    devices_pb2_grpc,
+)
 from granq.watching import FINAL_STATES, Watch
 
 DEFAULT_ADDRESS = "127.0.0.1:50050"
@@ -47,6 +54,7 @@ class Client:
         self._timeout, self._patience = timeout, patience
         self._channel = open_channel(address, credentials)
         self._pipelines = coordinator_pb2_grpc.PipelineServiceStub(self._channel)
+        self._devices = devices_pb2_grpc.DeviceServiceStub(self._channel)
         self._transfers = Transfers(artifacts_pb2_grpc.ArtifactServiceStub(self._channel), timeout)
 
     def __enter__(self) -> Self:
@@ -183,6 +191,14 @@ class Client:
     def delete(self, pipeline_id: str) -> None:
         """Remove a pipeline that has ended."""
         self._call(self._pipelines.DeletePipeline, coordinator_pb2.DeletePipelineRequest(pipeline_id=pipeline_id))
+
+    def devices(self) -> Sequence[devices_pb2.Device]:
+        """Return the devices of the coordinator's pool, by id."""
+        return tuple(self._call(self._devices.ListDevices, devices_pb2.ListDevicesRequest()).devices)
+
+    def remove_device(self, device_id: str) -> None:
+        """Forget a device that is gone for good; FAILED_PRECONDITION while it is there."""
+        self._call(self._devices.RemoveDevice, devices_pb2.RemoveDeviceRequest(device_id=device_id))
 
     def _call(self, method: "grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]", request: RequestT) -> ResponseT:
         try:

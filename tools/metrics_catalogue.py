@@ -59,7 +59,7 @@ def modules() -> list[ModuleType]:
 
     for info in pkgutil.walk_packages(services.__path__, "services."):
         source = ROOT / (info.name.replace(".", "/") + ("/__init__.py" if info.ispkg else ".py"))
-        if "prometheus_client" in source.read_text("utf-8"):
+        if source.exists() and "prometheus_client" in source.read_text("utf-8"):  # compiled modules declare none
             found.append(importlib.import_module(info.name))
     return found
 

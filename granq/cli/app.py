@@ -2,7 +2,7 @@
 
 import typer
 
-from granq.cli import artifacts, device, engines, pipelines, quantize, recipes, targets, up
+from granq.cli import artifacts, device, devices, engines, pipelines, quantize, recipes, targets, up
 from granq.cli.exits import EPILOG
 
 
@@ -25,4 +25,5 @@ def build() -> typer.Typer:
     app.add_typer(targets.app, name="targets")
     app.add_typer(engines.app, name="engine")
     app.add_typer(device.app, name="device")
+    app.add_typer(devices.app, name="devices")
     return app

@@ -1,4 +1,7 @@
-"""Whether an engine runs on a machine. Engines are bound to runtime, version, platform, GPU and driver."""
+"""Whether an engine runs on a machine, or can be built there.
+
+Engines are bound to runtime, version, platform, GPU and driver.
+"""
 
 from collections.abc import Mapping
 
@@ -10,6 +13,10 @@ NAMES: Mapping[int, str] = {
     common_pb2.RUNTIME_TENSORRT: "TensorRT",
     common_pb2.RUNTIME_TENSORRT_RTX: "TensorRT-RTX",
 }
+BUILDERS = (common_pb2.RUNTIME_TENSORRT, common_pb2.RUNTIME_TENSORRT_RTX)
+"""Runtimes that build engines, in the order in which the contract prefers them."""
+BUILDS_FOR_OTHERS = frozenset({common_pb2.RUNTIME_TENSORRT_RTX})
+"""Those of them that build without a GPU, for any; the others time their kernels on the GPU that they build for."""
 
 
 def misfits(manifest: reports_pb2.EngineManifest, machine: Machine) -> list[str]:
@@ -28,6 +35,47 @@ def misfits(manifest: reports_pb2.EngineManifest, machine: Machine) -> list[str]
         )
         if reason
     ]
+
+
+def build_misfits(target: common_pb2.EngineTarget, machine: Machine) -> list[str]:
+    """Return why an engine for a target cannot be built on a machine, one sentence for each reason; none where it can.
+
+    Where the target names no runtime, the first that can build on the machine counts.
+    """
+    wanted = [r for r in BUILDERS if target.runtime in (common_pb2.RUNTIME_UNSPECIFIED, r)]
+    if not wanted:
+        return [f"{NAMES.get(target.runtime, 'an unknown runtime')} builds no engines"]
+    lacks = {runtime: _lacks(runtime, target, machine) for runtime in wanted}
+    runtime = next((runtime for runtime in wanted if not lacks[runtime]), wanted[0])
+    elsewhere = (
+        [f"it is {machine.platform}, not {target.platform}"] if target.platform not in ("", machine.platform) else []
+    )
+    return elsewhere + lacks[runtime] + _other_gpus(runtime, target, machine)
+
+
+def _lacks(runtime: int, target: common_pb2.EngineTarget, machine: Machine) -> list[str]:
+    lacks: list[str] = []
+    installed = machine.runtimes.get(runtime)
+    if installed is None:
+        lacks.append(f"{NAMES[runtime]} is not installed")
+    elif not is_version(installed, target.runtime_version):
+        lacks.append(f"it has {NAMES[runtime]} {installed}, not {target.runtime_version}")
+    if machine.gpu is None and runtime not in BUILDS_FOR_OTHERS:
+        lacks.append(f"{NAMES[runtime]} builds on a machine with an NVIDIA GPU, and it has none")
+    return lacks
+
+
+def _other_gpus(runtime: int, target: common_pb2.EngineTarget, machine: Machine) -> list[str]:
+    if machine.gpu is None or runtime in BUILDS_FOR_OTHERS:
+        return []
+    have = machine.gpu.compute_capability
+    others = sorted(set(target.compute_capabilities) - {have})
+    return [f"its {machine.gpu.name} has compute capability {have}, not {', '.join(others)}"] if others else []
+
+
+def is_version(version: str, wanted: str) -> bool:
+    """Return whether a version is the wanted one, or a release of it; a version that is not known is taken."""
+    return version == UNKNOWN_VERSION or f"{version}.".startswith(f"{wanted}." if wanted else "")
 
 
 def _platform(manifest: reports_pb2.EngineManifest, machine: Machine) -> str:

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import sys
@@ -33,10 +34,12 @@ class Gpu:
     Attributes:
         name: Product name.
         compute_capability: Such as "8.6".
+        memory_bytes: Its memory; 0 where the driver does not tell.
     """
 
     name: str
     compute_capability: str
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ def cpu_name() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
+def memory_bytes() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @lru_cache(maxsize=1)
 def find_gpu() -> Gpu | None:
     """Return the GPU, or None without a usable one."""
@@ -107,7 +115,11 @@ def find_gpu() -> Gpu | None:
         or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
         or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
     )
-    return None if failed else Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
+    if failed:
+        return None
+    memory = ctypes.c_size_t()
+    told = cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device) == 0
+    return Gpu(name.value.decode(errors="replace"), f"{major.value}.{minor.value}", memory.value if told else 0)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ class ServerSettings(BaseSettings):
     )
     artifact_url: str = Field(
         default_factory=lambda: (Path.cwd() / "granq-data" / "artifacts").as_uri(),
-        description="Folder or bucket of the artifact store, the same for all services: file://, s3:// or gs://.",
+        description="Folder or bucket of the artifact store, the same for all services: file://, s3://, gs:// or granq://coordinator:50050.",
     )
     cache_dir: Path | None = Field(
         default=None, description="Local copies of remote artifacts. Default: granq in the user's cache folder."

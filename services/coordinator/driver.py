@@ -4,6 +4,7 @@ A step may run again after a crash, so every stage is built to be repeated: a st
 jobs attach by id, artifacts are named by their content, and writes of a lost attempt are refused.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -18,25 +19,22 @@ from services.common.errors import (
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
-    UnavailableError,
     to_failure,
 )
 from services.common.logs import get_logger
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import CONTINUE
 from services.coordinator.measurements import engine_rows, merge_evaluations, part_of
-from services.coordinator.metrics import FAILURES, JOB_RETRIES, STAGE_SECONDS, observe_evaluation, reason_label
-from services.coordinator.relay import ProgressRelay
+from services.coordinator.metrics import FAILURES, STAGE_SECONDS, observe_evaluation, reason_label
+from services.coordinator.pipeline_jobs import PipelineJobs
 from services.coordinator.repository import Repository
 from services.coordinator.requests import NAMES, STAGES, JobCall, Stage, applies, needs_engine, stage_calls
-from services.coordinator.runner import JobRunner, Patience
 from services.coordinator.threads import Threads
-from services.coordinator.transitions import JobCursor, SupersededError, Transitions
-from services.coordinator.workers import Workers
+from services.coordinator.together import together
+from services.coordinator.transitions import SupersededError, Transitions
 
 SUPERSEDED = "superseded"
 FAILED = "failed"
-_STOP_SECONDS = 2.0
 # What may be wrong with an engine or the GPU that it would run on, without harm to what else is measured.
 _OF_THE_ENGINE = (FailedPreconditionError, InternalError, InvalidArgumentError, ResourceExhaustedError)
 
@@ -52,10 +50,9 @@ class PipelineDriver:
         repository: Stored pipelines.
         transitions: Changes of their state.
         calls: Run calls of the database.
-        workers: Where jobs run.
+        jobs: Run the stages' jobs.
         build_report: Makes the results of the REPORT stage; blocking.
         report_threads: Where it runs.
-        patience: Limits of retries.
     """
 
     def __init__(
@@ -64,18 +61,16 @@ class PipelineDriver:
         repository: Repository,
         transitions: Transitions,
         calls: DatabaseCalls,
-        workers: Workers,
+        jobs: PipelineJobs,
         build_report: BuildReport,
         report_threads: Threads,
-        patience: Patience,
     ) -> None:
         self._repository = repository
         self._transitions = transitions
         self._calls = calls
-        self._workers = workers
+        self._jobs = jobs
         self._build_report = build_report
         self._report_threads = report_threads
-        self._patience = patience
 
     async def run_stage(self, pipeline_id: str, attempt: int, stage: int) -> str:
         """Carry out a stage and store its result, or the failure.
@@ -123,7 +118,7 @@ class PipelineDriver:
             failure = to_failure(error)
             await self._calls.insist(self._transitions.fail, pipeline_id, attempt, failure)
             FAILURES.labels(NAMES[stage], reason_label(failure.reason)).inc()
-            await self._stop_jobs(pipeline_id)
+            await self._jobs.stop(pipeline_id)
             return FAILED
         if part.HasField("evaluation"):
             observe_evaluation(part.evaluation)
@@ -143,48 +138,57 @@ class PipelineDriver:
                 return await self._evaluate(pipeline, attempt, calls)
             case _:
                 (call,) = calls
-                return part_of(await self._job(pipeline.pipeline_id, attempt, call))
+                return part_of(await self._jobs.run(pipeline.pipeline_id, attempt, call, asyncio.Lock()))
 
     async def _engines(
         self, pipeline: coordinator_pb2.Pipeline, attempt: int, calls: list[JobCall]
     ) -> coordinator_pb2.PipelineResults:
-        part = coordinator_pb2.PipelineResults()
-        # One after the other: the builder times kernels, and a second build on the same device would falsify them.
         pending = iter(calls)
-        for target in pipeline.spec.engines:
-            outcome = part.engines.add(target=target)
-            if not needs_engine(target):
-                outcome.graph.CopyFrom(pipeline.results.export.onnx_ort)
-                continue
-            call = next(pending)
-            try:
-                result = await self._job(pipeline.pipeline_id, attempt, call)
-            except FailedPreconditionError as error:
-                # The evaluator lacks what this target needs. The ONNX files are still worth having, so go on.
-                log.warning("engine not built", reason=error.reason, error=error.message)
-                outcome.failure.CopyFrom(to_failure(error))
-            else:
-                outcome.engine.CopyFrom(_expect(result, "engine", call).engine)
+        # Where they share a machine they run one after the other: a builder times kernels, and a simulation or another
+        # build beside it would falsify what it, or what a measurement, finds.
+        alone = asyncio.Lock()
+        part = coordinator_pb2.PipelineResults()
+        part.engines.extend(
+            await together(
+                self._engine(pipeline, attempt, target, next(pending) if needs_engine(target) else None, alone)
+                for target in pipeline.spec.engines
+            )
+        )
         return part
+
+    async def _engine(
+        self,
+        pipeline: coordinator_pb2.Pipeline,
+        attempt: int,
+        target: common_pb2.EngineTarget,
+        call: JobCall | None,
+        alone: asyncio.Lock,
+    ) -> coordinator_pb2.EngineOutcome:
+        outcome = coordinator_pb2.EngineOutcome(target=target)
+        if call is None:
+            outcome.graph.CopyFrom(pipeline.results.export.onnx_ort)
+            return outcome
+        try:
+            result = await self._jobs.run(pipeline.pipeline_id, attempt, call, alone)
+        except FailedPreconditionError as error:
+            # Nobody has what this target needs. The ONNX files are still worth having, so go on.
+            log.warning("engine not built", reason=error.reason, error=error.message)
+            outcome.failure.CopyFrom(to_failure(error))
+        else:
+            outcome.engine.CopyFrom(_expect(result, "engine", call).engine)
+        return outcome
 
     async def _evaluate(
         self, pipeline: coordinator_pb2.Pipeline, attempt: int, calls: list[JobCall]
     ) -> coordinator_pb2.PipelineResults:
         found: dict[str, reports_pb2.EvaluationResult] = {}
-        # One after the other: where both workers share a machine, the simulation would falsify the graphs' latency.
         engines = reports_pb2.EvaluationResult()
-        for call in calls:
-            try:
-                result = await self._job(pipeline.pipeline_id, attempt, call)
-            except _OF_THE_ENGINE as error:
-                if not call.engine:
-                    raise
-                # What could be measured of the graphs is still worth having.
-                log.warning("engine not measured", reason=error.reason, error=error.message)
-                engines.unmeasured.add(target=call.engine, failure=to_failure(error))
-                continue
-            evaluation = _expect(result, "evaluation", call).evaluation
-            if call.engine:
+        alone = asyncio.Lock()  # as above
+        measured = await together(self._measure(pipeline.pipeline_id, attempt, call, alone) for call in calls)
+        for call, evaluation in zip(calls, measured, strict=True):
+            if isinstance(evaluation, common_pb2.Failure):
+                engines.unmeasured.add(target=call.engine, failure=evaluation)
+            elif call.engine:
                 engines.measurements.extend(engine_rows(evaluation, call.engine))
             else:
                 found[call.worker] = evaluation
@@ -192,40 +196,18 @@ class PipelineDriver:
         merged.MergeFrom(engines)
         return coordinator_pb2.PipelineResults(evaluation=merged)
 
-    async def _job(self, pipeline_id: str, attempt: int, call: JobCall) -> jobs_pb2.JobResult:
-        async def write(progress: jobs_pb2.Progress, cursor: JobCursor) -> None:
-            await self._calls.insist(
-                self._transitions.record_progress, pipeline_id, attempt, progress, call.job_id, cursor
-            )
-
-        async def announce(cause: common_pb2.Failure) -> None:
-            JOB_RETRIES.labels(call.worker, reason_label(cause.reason)).inc()
-            await self._calls.insist(self._transitions.record_trouble, pipeline_id, attempt, cause)
-
-        async def check() -> None:
-            await self._calls.insist(self._transitions.check_owned, pipeline_id, attempt)
-
-        cursor = await self._calls.insist(self._repository.open_job, pipeline_id, call.job_id, call.worker)
-        async with ProgressRelay(write, call.label) as relay:
-            runner = JobRunner(self._workers, call, self._patience, relay, announce, check, cursor)
-            try:
-                result = await runner.run()
-            except UnavailableError:
-                raise  # the job may still run, or run again
-            except GranqError:
-                await self._calls.insist(self._repository.close_job, pipeline_id, call.job_id)
+    async def _measure(
+        self, pipeline_id: str, attempt: int, call: JobCall, alone: asyncio.Lock
+    ) -> reports_pb2.EvaluationResult | common_pb2.Failure:
+        try:
+            result = await self._jobs.run(pipeline_id, attempt, call, alone)
+        except _OF_THE_ENGINE as error:
+            if not call.engine:
                 raise
-        await self._calls.insist(self._repository.close_job, pipeline_id, call.job_id)
-        return result
-
-    async def _stop_jobs(self, pipeline_id: str) -> None:
-        """Ask the jobs of a failed pipeline that may still run to end; a worker that is away is left alone."""
-        for job in await self._calls.insist(self._repository.open_jobs, pipeline_id):
-            try:
-                await self._workers.cancel(job.worker, job.job_id, _STOP_SECONDS)
-            except GranqError as error:
-                log.info("job not cancelled", job_id=job.job_id, error=error.message)
-            await self._calls.insist(self._repository.close_job, pipeline_id, job.job_id)
+            # What could be measured of the graphs is still worth having.
+            log.warning("engine not measured", reason=error.reason, error=error.message)
+            return to_failure(error)
+        return _expect(result, "evaluation", call).evaluation
 
 
 def _expect(result: jobs_pb2.JobResult, kind: str, call: JobCall) -> jobs_pb2.JobResult:

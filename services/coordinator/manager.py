@@ -15,7 +15,7 @@ from services.coordinator.hub import EventHub
 from services.coordinator.repository import OpenJob, Position, Repository
 from services.coordinator.transitions import Transitions
 from services.coordinator.validation import check_spec
-from services.coordinator.workers import Workers
+from services.coordinator.workers import RunningJobs
 
 DEFAULT_PAGE_SIZE = 50
 _JOB_ENDED = (jobs_pb2.JOB_STATE_SUCCEEDED, jobs_pb2.JOB_STATE_FAILED, jobs_pb2.JOB_STATE_CANCELLED)
@@ -33,7 +33,7 @@ class PipelineManager:
         hub: Their events.
         calls: Run calls of database and store.
         engine: Runs their workflows.
-        workers: Run their jobs.
+        jobs: The jobs that they started.
         store: Artifacts.
         executor_id: This coordinator.
         cancel_seconds: Longest wait for a worker to end a cancelled job.
@@ -47,7 +47,7 @@ class PipelineManager:
         hub: EventHub,
         calls: DatabaseCalls,
         engine: WorkflowEngine,
-        workers: Workers,
+        jobs: RunningJobs,
         store: ArtifactStore,
         executor_id: str,
         cancel_seconds: float,
@@ -57,7 +57,7 @@ class PipelineManager:
         self._hub = hub
         self._calls = calls
         self._engine = engine
-        self._workers = workers
+        self._jobs = jobs
         self._store = store
         self._executor_id = executor_id
         self._cancel_seconds = cancel_seconds
@@ -137,10 +137,10 @@ class PipelineManager:
         """Ask a job to end and wait until it did, but not for ever: a worker may be away."""
         try:
             async with asyncio.timeout(self._cancel_seconds):
-                current = await self._workers.cancel(job.worker, job.job_id, self._cancel_seconds)
+                current = await self._jobs.cancel(job.worker, job.job_id, self._cancel_seconds)
                 while current.state not in _JOB_ENDED:
                     await asyncio.sleep(_LOOK_SECONDS)
-                    current = await self._workers.get(job.worker, job.job_id)
+                    current = await self._jobs.get(job.worker, job.job_id)
         except NotFoundError:
             pass  # never started, or forgotten by a restarted worker: nothing runs
         except (GranqError, TimeoutError) as error:

@@ -4,19 +4,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
-from granq.v1 import artifacts_pb2_grpc, coordinator_pb2_grpc, jobs_pb2
+from granq.v1 import artifacts_pb2_grpc, coordinator_pb2_grpc, devices_pb2_grpc, evaluator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.rpc import GrpcServer
 from services.common.rpc.worker_client import WorkerClient
 from services.coordinator.bundle import build_report
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.database import database_engine, parse_url, prepare_database
+from services.coordinator.devices.membership import Membership
+from services.coordinator.devices.metrics import DeviceCollector
+from services.coordinator.devices.pool import DevicePool
+from services.coordinator.devices.reach import ConfiguredEvaluator, PlacedJobs
+from services.coordinator.devices.servicer import DeviceServicer
+from services.coordinator.devices.table import DeviceTable, Terms
 from services.coordinator.driver import PipelineDriver
 from services.coordinator.engine import WorkflowEngine
 from services.coordinator.hub import EventHub
 from services.coordinator.locks import ExecutorLocks
 from services.coordinator.manager import PipelineManager
 from services.coordinator.metrics import PipelineCollector
+from services.coordinator.pipeline_jobs import PipelineJobs
 from services.coordinator.repository import Repository
 from services.coordinator.requests import STAGES, JobCall
 from services.coordinator.runner import Patience
@@ -52,6 +59,10 @@ class GrpcWorkers:
             for name, address in addresses.items()
         }
 
+    async def capabilities(self) -> evaluator_pb2.GetCapabilitiesResponse:
+        """Return what the evaluator can run and build."""
+        return await self._clients["evaluator"].capabilities()
+
     async def start(self, call: JobCall) -> jobs_pb2.Job:
         """Start a job, attach to the one that runs, or resume one that failed."""
         return await self._clients[call.worker].start(call.request)
@@ -76,6 +87,26 @@ class GrpcWorkers:
             await client.close()
 
 
+def _pool(settings: CoordinatorSettings, table: DeviceTable, calls: DatabaseCalls, workers: GrpcWorkers) -> DevicePool:
+    def dial(device_id: str, address: str) -> WorkerClient:
+        return WorkerClient(
+            f"device {device_id}",
+            address,
+            max_message_bytes=settings.max_message_bytes,
+            timeout_seconds=settings.rpc_timeout_seconds,
+            watch_timeout_seconds=settings.watch_timeout_seconds,
+        )
+
+    return DevicePool(
+        table=table,
+        calls=calls,
+        evaluator=ConfiguredEvaluator(workers),
+        dial=dial,
+        patience_seconds=settings.device_patience_seconds,
+        poll_seconds=settings.device_poll_seconds,
+    )
+
+
 class CoordinatorServer(GrpcServer):
     """The coordinator's server. At most one may run in a process: the workflow engine is a singleton.
 
@@ -97,14 +128,31 @@ class CoordinatorServer(GrpcServer):
         self._hub = EventHub(self._repository, calls)
         self._transitions = Transitions(self._engine, self._hub.changed)
         store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+        table = DeviceTable(self._engine, Terms(settings.device_heartbeat_seconds, settings.device_lease_seconds))
+        self._pool = _pool(settings, table, calls, self._workers)
+        self._membership = Membership(
+            table=table,
+            calls=calls,
+            pool=self._pool,
+            timeout_seconds=settings.rpc_timeout_seconds,
+            watch_timeout_seconds=settings.watch_timeout_seconds,
+        )
+        running = PlacedJobs(self._pool, self._workers)
+        jobs = PipelineJobs(
+            repository=self._repository,
+            transitions=self._transitions,
+            calls=calls,
+            places=self._pool,
+            running=running,
+            patience=Patience(settings.unavailable_seconds, settings.max_crashes),
+        )
         driver = PipelineDriver(
             repository=self._repository,
             transitions=self._transitions,
             calls=calls,
-            workers=self._workers,
+            jobs=jobs,
             build_report=partial(build_report, store),
             report_threads=self._store_threads,
-            patience=Patience(settings.unavailable_seconds, settings.max_crashes),
         )
         self._workflows = WorkflowEngine(
             url=url,
@@ -120,13 +168,14 @@ class CoordinatorServer(GrpcServer):
             hub=self._hub,
             calls=calls,
             engine=self._workflows,
-            workers=self._workers,
+            jobs=running,
             store=store,
             executor_id=settings.executor_id,
             cancel_seconds=settings.cancel_seconds,
         )
         transfer = ArtifactTransfer(store, self._store_threads, settings.max_artifact_bytes)
         self.add(coordinator_pb2_grpc.add_PipelineServiceServicer_to_server, PipelineServicer(self._manager))
+        self.add(devices_pb2_grpc.add_DeviceServiceServicer_to_server, DeviceServicer(self._membership))
         self.add(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(transfer))
         self.manage(self._resources_in_order())
 
@@ -143,6 +192,8 @@ class CoordinatorServer(GrpcServer):
             lock = await self._threads.call(self._locks.hold, settings.executor_id, settings.lock_seconds)
             stack.enter_context(lock)
             stack.push_async_callback(self._hub.close)
+            await self._pool.start()
+            stack.push_async_callback(self._membership.close)
             stack.push_async_callback(self._workflows.close)
             self._workflows.launch()
             stack.push_async_callback(self._manager.close)
@@ -164,11 +215,15 @@ class CoordinatorServer(GrpcServer):
             collector = PipelineCollector(partial(read_statistics, self._engine))
             collector.register()
             stack.callback(collector.unregister)
+            devices = DeviceCollector(self._pool.counts)
+            devices.register()
+            stack.callback(devices.unregister)
             yield
 
     async def stop(self, grace: float | None = None) -> None:
-        """End watches, which would use up the whole grace, then all else; pipelines go on at the next start."""
+        """End watches and streams, which would use up the grace, then all else; pipelines go on at the next start."""
         await self._hub.close()
+        await self._membership.close()
         await super().stop(grace)
 
 

@@ -2,8 +2,9 @@
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from services.common.errors import InvalidArgumentError
 from services.common.settings import ServerSettings
@@ -55,9 +56,39 @@ class CoordinatorSettings(ServerSettings):
     sweep_seconds: float = Field(
         default=30.0, gt=0, le=3600, description="Time between searches for pipelines that nobody drives."
     )
+    device_heartbeat_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="Time between heartbeats of a device; after three it counts as away.",
+    )
+    device_lease_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=3600,
+        description="Time after which a silent device has ended its job; a quarter later the job may begin elsewhere.",
+    )
+    device_patience_seconds: float = Field(
+        default=900.0,
+        ge=0,
+        le=7 * 86_400,
+        description="How long a job waits while all devices that it could have are away; then its target fails.",
+    )
+    device_poll_seconds: float = Field(
+        default=1.0, gt=0, le=60, description="Time between looks at the pool, for what other coordinators changed."
+    )
     max_artifact_bytes: int = Field(
         default=16 * 1024**3, ge=1, description="Largest upload in bytes; larger ones are refused."
     )
+
+    @model_validator(mode="after")
+    def _lease_outlasts_heartbeats(self) -> Self:
+        if self.device_lease_seconds < 3 * self.device_heartbeat_seconds:
+            raise ValueError(
+                f"device_lease_seconds {self.device_lease_seconds:g} must be three times device_heartbeat_seconds "
+                f"{self.device_heartbeat_seconds:g}, or more"
+            )
+        return self
 
     @field_validator("database_url")
     @classmethod

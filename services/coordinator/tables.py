@@ -76,3 +76,22 @@ class JobRow(Base):
     # How far the job's events were read, so that a restarted coordinator goes on from there.
     run_id: Mapped[str] = mapped_column(String(64), default="")
     sequence: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class DeviceRow(Base):
+    """A device that has registered, and the job that has it. A job has one device at most, and a device one job."""
+
+    __tablename__ = "devices"
+
+    device_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    # The process on the device; another one's heartbeat is refused.
+    instance_id: Mapped[str] = mapped_column(String(64))
+    info: Mapped[bytes] = mapped_column(LargeBinary)
+    last_seen: Mapped[int] = mapped_column(BigInteger)
+    # Until then its job must not begin elsewhere; 0 once it has said goodbye.
+    lease_end: Mapped[int] = mapped_column(BigInteger)
+    create_time: Mapped[int] = mapped_column(BigInteger)
+    job_id: Mapped[str | None] = mapped_column(String(128), unique=True)
+    # No foreign key: the device stays taken until its job is known to have ended, also when its pipeline is deleted.
+    pipeline_id: Mapped[str | None] = mapped_column(String(64))
+    claim_time: Mapped[int | None] = mapped_column(BigInteger)

@@ -29,6 +29,9 @@ MEASURED_INT8 = Gauge(
     "Share, 0 to 1, of convolutions and linear layers that ran as INT8 kernels, in the latest measurement.",
     ["form"],
 )
+DEVICE_REGISTERED = Gauge(
+    "granq_device_registered", "1 while this evaluator has a lease in a coordinator's pool of devices, else 0."
+)
 
 
 def observe(result: jobs_pb2.JobResult) -> None:

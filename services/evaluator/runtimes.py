@@ -4,9 +4,9 @@ import importlib.metadata
 import re
 from dataclasses import dataclass
 
+from granq.engines.fit import BUILDS_FOR_OTHERS, is_version
 from granq.engines.machine import (
     RUNTIME_PACKAGES,
-    UNKNOWN_VERSION,
     cpu_name,
     driver_version,
     find_gpu,
@@ -80,9 +80,9 @@ TENSORRT = EngineRuntime(
     module=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT][0],
     package=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT][1],
     strong_typing_majors=frozenset({10}),
-    gpu_to_build=True,
+    gpu_to_build=common_pb2.RUNTIME_TENSORRT not in BUILDS_FOR_OTHERS,
     capabilities=(),
-    takes_capabilities=False,
+    takes_capabilities=common_pb2.RUNTIME_TENSORRT in BUILDS_FOR_OTHERS,
     optimization_levels=True,
     timing_cache=True,
     inspector=True,
@@ -98,10 +98,10 @@ TENSORRT_RTX = EngineRuntime(
     module=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT_RTX][0],
     package=RUNTIME_PACKAGES[common_pb2.RUNTIME_TENSORRT_RTX][1],
     strong_typing_majors=frozenset(),
-    gpu_to_build=False,
+    gpu_to_build=common_pb2.RUNTIME_TENSORRT_RTX not in BUILDS_FOR_OTHERS,
     # NVIDIA's documentation; Turing (7.5) must be asked for, and the plus stands for later architectures.
     capabilities=("8.0", "8.6", "8.9", "12.0+"),
-    takes_capabilities=True,
+    takes_capabilities=common_pb2.RUNTIME_TENSORRT_RTX in BUILDS_FOR_OTHERS,
     optimization_levels=False,
     timing_cache=False,
     inspector=False,
@@ -150,7 +150,7 @@ def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
             reason="GPU_REQUIRED",
             field="target.runtime",
         )
-    right = [r for r in able if _begins(r.version() or "", target.runtime_version)]
+    right = [r for r in able if is_version(r.version() or "", target.runtime_version)]
     if not right:
         raise FailedPreconditionError(
             f"the engine is wanted from {able[0].module} {target.runtime_version}, and this evaluator has "
@@ -171,16 +171,15 @@ def choose(target: common_pb2.EngineTarget) -> EngineRuntime:
     return chosen
 
 
-def _begins(version: str, wanted: str) -> bool:
-    """Return whether a version is the wanted one, or a release of it; a version that is not known is taken."""
-    return version == UNKNOWN_VERSION or f"{version}.".startswith(f"{wanted}." if wanted else "")
-
-
 def capabilities() -> evaluator_pb2.GetCapabilitiesResponse:
     """Return what this machine can run and build, without loading any runtime."""
     gpu = find_gpu()
     result = evaluator_pb2.GetCapabilitiesResponse(
-        platform=platform_name(), cpu=cpu_name(), gpu=gpu.name if gpu else "", driver_version=driver_version()
+        platform=platform_name(),
+        cpu=cpu_name(),
+        gpu=gpu.name if gpu else "",
+        driver_version=driver_version(),
+        compute_capability=gpu.compute_capability if gpu else "",
     )
     result.runtimes.add(
         runtime=common_pb2.RUNTIME_ONNXRUNTIME,

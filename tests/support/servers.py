@@ -94,6 +94,11 @@ class ServerProcess:
         self._process.kill()
         self._process.wait()
 
+    def kill_if_alive(self) -> None:
+        """SIGKILL, unless it has ended or was never started."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM; return the exit code."""
         assert self._process is not None

@@ -51,6 +51,11 @@ def _state(path: Path) -> tuple[int, ...]:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def default_cache_dir() -> Path:
+    """Return granq in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granq"
+
+
 class ArtifactWriter:
     """Takes a blob's bytes; a context manager that drops them unless `commit` was called."""
 
@@ -103,6 +108,10 @@ class ArtifactStore:
     Args:
         url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, or memory://name for tests. Credentials are
             not part of it: drivers take them from the environment, where no message or log repeats them.
+
+
+        url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, granq://host:port for the store of the
+            coordinator there, or memory://name for tests.
         cache_dir: Local copies of a remote store's blobs. Default: granq in the user's cache folder.
     """
 
@@ -121,12 +130,20 @@ class ArtifactStore:
                 raise InvalidArgumentError(f"a file URL is file:///absolute/folder, got {url!r}", field="artifact_url")
             self._files = LocalBackend(Path(unquote(parts.path)))
             self._backend = self._files
+        elif parts.scheme == "granq":
+            if not parts.netloc or parts.path not in ("", "/"):
+                message = f"a coordinator's store is granq://host:port, got {url!r}"
+                raise InvalidArgumentError(message, field="artifact_url")
+            from services.common.artifacts.coordinated import CoordinatedBackend  # a device's alone, as below
+
+            folder = cache_dir or default_cache_dir()
+            self._files = LocalBackend(folder)
+            self._backend = CoordinatedBackend(parts.netloc, folder, self._files)
         elif parts.scheme:
-            default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granq"
             # Here, because fsspec would cost every server and job with a local store its time to load.
             from services.common.artifacts.remote import RemoteBackend
 
-            self._files = LocalBackend(cache_dir or default)
+            self._files = LocalBackend(cache_dir or default_cache_dir())
             self._backend = RemoteBackend(url, self._files)
         else:
             message = f"an artifact URL has a scheme such as file://, got {url!r}"

@@ -36,6 +36,7 @@ class _Active:
     task: asyncio.Task[None] | None = None
     process: JobProcess | None = None
     leave_queue: asyncio.Event = field(default_factory=asyncio.Event)
+    interruption: GranqError | None = None
 
 
 class JobManager:
@@ -134,6 +135,16 @@ class JobManager:
                 self._stop(active.process)
         return run.snapshot()
 
+    async def interrupt(self, error: GranqError) -> None:
+        """Kill all processes, and return when they have ended; their jobs have failed with the error."""
+        actives = list(self._active.values())
+        for active in actives:
+            active.interruption = error
+            active.leave_queue.set()
+            if active.process is not None:
+                active.process.kill()
+        await asyncio.gather(*(asyncio.shield(active.task) for active in actives if active.task is not None))
+
     async def close(self, grace: float) -> None:
         """End all processes, kindly for `grace` seconds, and all watches; no job is noted as failed for it."""
         self._closing = True
@@ -210,7 +221,7 @@ class JobManager:
             run.succeed(success)
             self._on_success(result)
         except Exception as error:
-            self._note_failure(run, error)
+            self._note_failure(run, active.interruption or error)
         finally:
             del self._active[run]
             metrics.JOBS.labels(run.kind, run.outcome).inc()
@@ -242,7 +253,7 @@ class JobManager:
         # What was asked while the process was made.
         if run.cancelling:
             self._stop(process)
-        elif self._closing:
+        elif self._closing or active.interruption is not None:
             process.kill()
 
         def on_progress(progress: jobs_pb2.Progress) -> None:

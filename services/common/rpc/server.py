@@ -80,6 +80,11 @@ class GrpcServer:
         """Enter a resource before the server listens, and leave it after the last RPC. Call before `start`."""
         self._resources.append(resource)
 
+    async def report(self, name: str, *, serving: bool) -> None:
+        """Answer health checks for a name, beside those of the services."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
     async def start(self) -> None:
         """Listen, and report SERVING.
 

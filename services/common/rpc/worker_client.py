@@ -93,6 +93,14 @@ class WorkerClient:
         job: jobs_pb2.Job = response.job
         return job
 
+    async def capabilities(self) -> evaluator_pb2.GetCapabilitiesResponse:
+        """Return what an evaluator can run and build."""
+        stub: evaluator_pb2_grpc.EvaluatorServiceAsyncStub = evaluator_pb2_grpc.EvaluatorServiceStub(self._channel)
+        try:
+            return await stub.GetCapabilities(evaluator_pb2.GetCapabilitiesRequest(), timeout=self._timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._as_error(error) from error
+
     async def get(self, job_id: str) -> jobs_pb2.Job:
         """Return a job as it is now."""
         try:

@@ -42,6 +42,10 @@ class FakeCuda:
         name.value = b"NVIDIA Test"
         return 0 if device.value == 7 and len(name) == size else 101
 
+    def cuDeviceTotalMem_v2(self, size: Any, device: ctypes.c_int) -> int:  # noqa: N802
+        size._obj.value = 8 * 1024**3
+        return 0
+
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:  # noqa: N802
         value._obj.value = {75: 8, 76: 6}[attribute]
         return 0
@@ -49,7 +53,12 @@ class FakeCuda:
 
 @pytest.mark.parametrize(
     ("library", "gpu"),
-    [(FakeCuda(), Gpu("NVIDIA Test", "8.6")), (FakeCuda(devices=0), None), (FakeCuda(status=100), None), (None, None)],
+    [
+        (FakeCuda(), Gpu("NVIDIA Test", "8.6", 8 * 1024**3)),
+        (FakeCuda(devices=0), None),
+        (FakeCuda(status=100), None),
+        (None, None),
+    ],
 )
 def test_gpu(monkeypatch: pytest.MonkeyPatch, library: FakeCuda | None, gpu: Gpu | None) -> None:
     monkeypatch.setattr(machine, "_library", lambda name: library if name == "libcuda.so.1" else None)

@@ -18,8 +18,10 @@ from services.common.errors import (
 )
 from services.coordinator.bundle import build_report
 from services.coordinator.calls import DatabaseCalls
+from services.coordinator.devices.pool import Placement, Wait
 from services.coordinator.driver import FAILED, SUPERSEDED, PipelineDriver
 from services.coordinator.engine import CONTINUE, WorkflowEngine
+from services.coordinator.pipeline_jobs import PipelineJobs
 from services.coordinator.requests import STAGES, JobCall, Stage
 from services.coordinator.runner import Patience
 from services.coordinator.threads import Threads
@@ -69,6 +71,19 @@ class PromptWorkers:
         return jobs_pb2.Job(state=SUCCEEDED)
 
 
+class NoDevices:
+    """Every job runs at the configured workers."""
+
+    def __init__(self, workers: PromptWorkers) -> None:
+        self._placement = Placement(workers)
+
+    async def acquire(self, call: JobCall, pipeline_id: str, wait: Wait) -> Placement:
+        return self._placement
+
+    async def release(self, job_id: str) -> None:
+        raise AssertionError("no job has a device")
+
+
 @pytest.fixture
 def workers(store: ArtifactStore) -> PromptWorkers:
     return PromptWorkers(store)
@@ -80,10 +95,16 @@ def driver(sqlite: Database, store: ArtifactStore, workers: PromptWorkers, threa
         repository=sqlite.repository,
         transitions=sqlite.transitions,
         calls=DatabaseCalls(threads),
-        workers=workers,
+        jobs=PipelineJobs(
+            repository=sqlite.repository,
+            transitions=sqlite.transitions,
+            calls=DatabaseCalls(threads),
+            places=NoDevices(workers),
+            running=workers,
+            patience=Patience(60, 3),
+        ),
         build_report=partial(build_report, store),
         report_threads=threads,
-        patience=Patience(60, 3),
     )
 
 

@@ -1,0 +1,117 @@
+"""Files of the store behind the coordinator's ArtifactService, for a device that can reach neither folder nor bucket.
+
+Blobs come and go through the coordinator, and stay here as copies. References are this device's own: what a job has
+noted here is of use where its copies are.
+"""
+
+from pathlib import Path
+from typing import BinaryIO
+
+from granq.client import Client
+from granq.errors import GranqClientError
+from services.common.artifacts.backend import storage_operation
+from services.common.artifacts.local import LocalBackend, LocalStaged
+from services.common.errors import CLASSES, GranqError, NotFoundError, UnavailableError
+
+_BLOBS = "blobs/"
+
+
+def digest_of_path(path: str) -> str:
+    """Return the digest that a blob's path names."""
+    return f"sha256:{path.rpartition('/')[2]}"
+
+
+def _as_error(error: GranqClientError) -> GranqError:
+    """Return what the coordinator told, as the rest of a job knows it."""
+    number: int = error.code.value[0]
+    # A transfer that another process of this device has begun, or that broke off: the next attempt goes on with it.
+    cls = CLASSES.get(number, UnavailableError)
+    return cls(error.message, reason=error.reason or None, field=error.field)
+
+
+class CoordinatedStaged:
+    """Bytes spooled on this device, sent when they are complete."""
+
+    def __init__(self, spool: LocalStaged, client: Client) -> None:
+        self._spool = spool
+        self._client = client
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self._spool.write(data)
+
+    def publish(self, path: str) -> None:
+        """Send the blob, then keep the spooled file as the local copy."""
+        self._spool.flush()
+        try:
+            with storage_operation("publish", OSError):
+                self._client.upload(self._spool.path, name=path.rpartition("/")[2])
+        except GranqClientError as error:
+            raise _as_error(error) from error
+        self._spool.publish(path)
+
+    def discard(self) -> None:
+        """Remove the spooled file; does nothing after `publish`."""
+        self._spool.discard()
+
+
+class CoordinatedBackend:
+    """Blobs of a coordinator's store, references of this device.
+
+    Args:
+        address: host:port of the coordinator.
+        folder: Where copies and references are kept.
+        files: The same folder as a backend.
+    """
+
+    def __init__(self, address: str, folder: Path, files: LocalBackend) -> None:
+        self._client = Client(address)
+        self._folder = folder
+        self._files = files
+
+    def stage(self) -> CoordinatedStaged:
+        """Begin a blob."""
+        return CoordinatedStaged(self._files.stage(), self._client)
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file to read; a blob that is not here yet is fetched, from where an earlier attempt broke off."""
+        try:
+            return self._files.open(path)
+        except FileNotFoundError:
+            if not path.startswith(_BLOBS):
+                raise
+        try:
+            with storage_operation("open", OSError):
+                self._client.download(digest_of_path(path), self._folder / path)
+        except GranqClientError as error:
+            raise self._missing(path, error) from error
+        return self._files.open(path)
+
+    def size(self, path: str) -> int:
+        """Return a file's length in bytes."""
+        try:
+            return self._files.size(path)
+        except FileNotFoundError:
+            if not path.startswith(_BLOBS):
+                raise
+        try:
+            with storage_operation("stat"):
+                return self._client.stat(digest_of_path(path)).size_bytes
+        except GranqClientError as error:
+            raise self._missing(path, error) from error
+
+    def _missing(self, path: str, error: GranqClientError) -> Exception:
+        known = _as_error(error)
+        return FileNotFoundError(path) if isinstance(known, NotFoundError) else known
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a reference."""
+        self._files.replace(path, data)
+
+    def delete(self, path: str) -> None:
+        """Remove a reference if it is there."""
+        self._files.delete(path)
+
+    def list(self, prefix: str) -> list[str]:
+        """Return the paths of all files of this device that begin with a prefix, sorted."""
+        return self._files.list(prefix)
