@@ -192,9 +192,12 @@ class DevicePool:
             )
 
     def _waits_for(self, waiter: _Waiter) -> str:
-        earlier = self._waiters.index(waiter)
-        queue = f"; {earlier} more wait before it" if earlier else ""
-        return f"waits for a device: {self._list(self._fitting(waiter))}{queue}"
+        fitting = self._fitting(waiter)
+        mine = {device.device_id for device in fitting}
+        earlier = self._waiters[: self._waiters.index(waiter)]
+        ahead = sum(any(device.device_id in mine for device in self._fitting(other)) for other in earlier)
+        queue = f"; place {ahead + 1} in the queue" if ahead else ""
+        return f"waits for a device: {self._list(fitting)}{queue}"
 
     def _list(self, devices: list[DeviceRecord]) -> str:
         return ", ".join(f"{device.device_id} ({self.state(device)[1] or 'free'})" for device in devices)

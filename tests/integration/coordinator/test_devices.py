@@ -14,10 +14,13 @@ from sqlalchemy.orm import Session
 from granq.v1 import common_pb2, coordinator_pb2, devices_pb2, devices_pb2_grpc
 from services.coordinator.requests import Stage
 from services.coordinator.tables import PipelineRow
+from services.evaluator import runtimes
 from tests.support.coordinator import Bench, bench
+from tests.support.onnx_graphs import quantized
 from tests.support.pipelines import Database, results, spec
 from tests.support.proxy import network
 from tests.support.scripted_device import DeviceProcess, DeviceScript
+from tests.support.servers import ServerProcess
 
 State = devices_pb2.DeviceState
 LEASE = 3.0
@@ -68,20 +71,22 @@ class Pool:
                     return device
                 await asyncio.sleep(0.05)
 
-    async def submit(self, *targets: dict[str, Any], measure: bool = False) -> str:
+    async def submit(self, *targets: dict[str, Any], measure: bool = False, graph: bytes = b"") -> str:
         """Store a pipeline that has come to its engines, for the coordinator to find and drive; return its id."""
         made = spec()
         for target in targets:
             made.engines.add(**target)
-        return await asyncio.to_thread(self._store, made, measure)
+        return await asyncio.to_thread(self._store, made, measure, graph)
 
-    def _store(self, made: coordinator_pb2.PipelineSpec, measure: bool) -> str:
+    def _store(self, made: coordinator_pb2.PipelineSpec, measure: bool, graph: bytes) -> str:
         database = Database(self.bench.database_url)
         try:
             pipeline_id = database.repository.create(made, "", "coordinator")[0].pipeline_id
             done = coordinator_pb2.PipelineResults()
             done.CopyFrom(results(self.bench.store))
             done.ClearField("engines")
+            if graph:
+                done.export.onnx_trt.CopyFrom(self.bench.store.put_bytes(graph))
             stages = [Stage.STAGE_VALIDATE, Stage.STAGE_SYNTHESIZE, Stage.STAGE_QUANTIZE, Stage.STAGE_EXPORT]
             if measure:
                 done.ClearField("evaluation")
@@ -339,3 +344,26 @@ async def test_a_device_that_stops_gives_its_job_away_at_once(tmp_path: Path) ->
         (outcome,) = await made.finish(pipeline)
         assert await maker(made, outcome) == "second"
         made.script.assert_never_two_at_once()
+
+
+@pytest.mark.skipif(runtimes.TENSORRT_RTX.version() is None, reason="tensorrt-rtx is not installed")
+async def test_a_real_engine_from_an_evaluator_that_dials_out(tmp_path: Path) -> None:
+    async with pool(tmp_path) as made:
+        own = tmp_path / "rtx"
+        own.mkdir()
+        settings = {"coordinator_address": made.address, "device_id": "rtx", "artifact_url": f"granq://{made.address}"}
+        device = ServerProcess("evaluator", own, dial_out="true", device_targets="rtx-ada", **settings)
+        try:
+            await asyncio.to_thread(device.start)
+            await made.until("rtx", State.DEVICE_STATE_READY)
+            target = {"name": "rtx-ada", "runtime": common_pb2.RUNTIME_TENSORRT_RTX, "compute_capabilities": ["8.9"]}
+            (outcome,) = await made.finish(await made.submit(target, graph=quantized().SerializeToString()))
+            assert outcome.HasField("engine"), outcome
+            manifest = outcome.engine.manifest
+            assert list(manifest.compute_capabilities) == ["8.9"]
+            assert manifest.engine.size_bytes > 10_000
+            await asyncio.to_thread(made.bench.store.verify, manifest.engine.digest)
+            assert outcome.engine.int8_layers > 0
+            assert (own / "cache" / "blobs").is_dir(), "the device worked on copies of its own"
+        finally:
+            await asyncio.to_thread(device.kill_if_alive)

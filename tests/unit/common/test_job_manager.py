@@ -240,6 +240,24 @@ async def test_cancelled_job_begins_anew(manager: JobManager) -> None:
     assert second.state == jobs_pb2.JOB_STATE_QUEUED
 
 
+async def test_interrupted_jobs_have_ended_and_failed_with_the_error_also_those_that_waited(
+    manager: JobManager,
+) -> None:
+    await start(manager, "until_cancelled", request("a"))
+    pid = (await first_progress(manager, "a")).step
+    for name in ("b", "c"):
+        await start(manager, "until_cancelled", request(name))
+    await manager.interrupt(UnavailableError("the lease has ended", reason="LEASE_ENDED"))
+    assert is_gone(pid)
+    for name in ("a", "b", "c"):
+        job = await manager.get(name)
+        assert (job.state, job.failure.reason) == (jobs_pb2.JOB_STATE_FAILED, "LEASE_ENDED")
+    again = await start(manager, "until_cancelled", request("a"))
+    assert again.state == jobs_pb2.JOB_STATE_QUEUED
+    await manager.cancel("a")
+    await end_of(manager, "a")
+
+
 async def test_cancel_after_the_end_changes_nothing(manager: JobManager) -> None:
     await start(manager, "count", request("a"))
     end = await end_of(manager, "a")

@@ -1,10 +1,12 @@
 import importlib.util
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from granq.engines.machine import Gpu, platform_name
+from granq.engines.fit import build_misfits
+from granq.engines.machine import Gpu, Machine, platform_name
 from granq.v1 import common_pb2
 from services.common.errors import FailedPreconditionError, InvalidArgumentError
 from services.evaluator import runtimes
@@ -24,6 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, installed: set[str], gpu: Gpu | Non
 
 
 ADA = Gpu("NVIDIA L4", "8.9")
+VERSIONS = {"tensorrt": "10.13.2", "tensorrt_rtx": "1.7.1"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,39 @@ def test_a_target_of_this_machine_is_taken(monkeypatch: pytest.MonkeyPatch, vers
     monkeypatch.setattr(runtimes.EngineRuntime, "version", lambda runtime: "10.13.2")
     target = common_pb2.EngineTarget(runtime_version=version, platform=platform_name())
     assert runtimes.choose(target).runtime == TRT
+
+
+@pytest.mark.parametrize("gpu", [ADA, Gpu("Orin", "8.7"), None])
+@pytest.mark.parametrize("installed", [(), ("tensorrt",), ("tensorrt_rtx",), ("tensorrt", "tensorrt_rtx")])
+def test_whoever_looks_at_a_machine_from_afar_decides_as_it_does_itself(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], gpu: Gpu | None
+) -> None:
+    """The coordinator chooses devices by build_misfits; what it gives a device, the device must not refuse."""
+    machine(monkeypatch, set(installed), gpu)
+    versions = {name: version for name, version in VERSIONS.items() if name in installed}
+    monkeypatch.setattr(runtimes.EngineRuntime, "version", lambda runtime: versions.get(runtime.module))
+    there: dict[int, str] = {r.runtime: versions[r.module] for r in runtimes.ENGINE_RUNTIMES if r.module in versions}
+    seen = Machine(platform_name(), gpu, "", there)
+    decided = set()
+    for runtime, version, platform, capabilities in itertools.product(
+        (0, TRT, RTX), ("", "10", "10.13.2", "1.7", "8"), ("", platform_name(), "linux-riscv64"), ([], ["8.9"], ["8.7"])
+    ):
+        target = common_pb2.EngineTarget(
+            runtime=runtime,  # type: ignore[arg-type]
+            runtime_version=version,
+            platform=platform,
+            compute_capabilities=capabilities,
+        )
+        try:
+            runtimes.choose(target)
+        except FailedPreconditionError:
+            builds = False
+        else:
+            builds = True
+        assert (build_misfits(target, seen) == []) == builds, target
+        decided.add(builds)
+    able = "tensorrt_rtx" in installed or ("tensorrt" in installed and gpu is not None)
+    assert decided == ({True, False} if able else {False})
 
 
 def test_onnxruntime_builds_no_engines() -> None:
