@@ -128,6 +128,23 @@ def code_of(error: GranqError) -> int:
     return CODES[InternalError]
 
 
+_TORCH_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# How native code tells of an allocation that failed, where it has no exception of its own for it.
+_NO_MEMORY = (_TORCH_NO_MEMORY, "bad_alloc", "bad allocation", "Failed to allocate memory", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, or one that led to it, tells of host memory that could not be had."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return True
+        if not isinstance(cause, GranqError) and any(words in str(cause) for words in _NO_MEMORY):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
 def as_granq_error(error: BaseException) -> GranqError | None:
     """Return the domain error that an exception stands for, or None when it is a defect.
 
@@ -135,7 +152,7 @@ def as_granq_error(error: BaseException) -> GranqError | None:
     """
     if isinstance(error, GranqError):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _TORCH_NO_MEMORY in str(error)):
         return ResourceExhaustedError("the host's memory is used up; use a smaller batch", reason="OUT_OF_MEMORY")
     if any(cls.__name__ == "OutOfMemoryError" and cls.__module__.startswith("torch") for cls in type(error).__mro__):
         # By name, because importing torch here would load it into services that must run without it.

@@ -39,6 +39,14 @@ class ServerSettings(BaseSettings):
     grace_seconds: float = Field(
         default=10.0, ge=0, le=3600, description="Time in seconds for RPCs and jobs to end after SIGTERM."
     )
+    read_seconds: float = Field(
+        default=300.0, gt=0, le=24 * 3600, description="Longest time in seconds for a job to read a file from outside."
+    )
+    read_memory_bytes: int = Field(
+        default=2048 * MIB,
+        ge=256 * MIB,
+        description="Memory in bytes for a job to read a file from outside, beside six times the file's size.",
+    )
     max_message_bytes: int = Field(
         default=64 * MIB, ge=4 * MIB, le=1024 * MIB, description="Largest message in bytes, received or sent."
     )

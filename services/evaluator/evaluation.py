@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from granq.engines.machine import cpu_name, find_gpu
 from granq.v1 import artifacts_pb2, evaluator_pb2, reports_pb2
-from services.common.datasets import LabelledSet, open_dataset
+from services.common.datasets import LabelledSet, dataset_artifact, open_dataset
 from services.common.errors import InvalidArgumentError
 from services.common.jobs import JobContext
 from services.evaluator.accuracy import AccuracyMeter
@@ -60,7 +60,8 @@ def _evaluate(
     if request.WhichOneof("data") == "synthetic_set":
         data = SyntheticSet(context.store.local_path(request.synthetic_set.digest))
     else:
-        data = open_dataset(request.dataset, settings.dataset_root, context.store)
+        with context.reading("dataset", dataset_artifact(request.dataset)):
+            data = open_dataset(request.dataset, settings.dataset_root, context.store)
     graphs = {field: _load(field, request, context) for field in FORMS if request.HasField(field)}
     models: dict[str, OnnxModel | EngineModel] = {**graphs}
     if request.HasField("engine"):
@@ -104,8 +105,9 @@ def _evaluate(
 def _load(field: str, request: evaluator_pb2.StartEvaluateRequest, context: JobContext) -> OnnxModel:
     context.check_cancelled()
     artifact: artifacts_pb2.Artifact = getattr(request, field)
-    graph = load_graph(context.store.local_path(artifact.digest), field)
-    return OnnxModel(graph, FORMS[field], context.settings.onnx_threads, field)
+    with context.reading(field, artifact):
+        graph = load_graph(context.store.local_path(artifact.digest), field)
+        return OnnxModel(graph, FORMS[field], context.settings.onnx_threads, field)
 
 
 def _load_engine(request: evaluator_pb2.StartEvaluateRequest, context: JobContext, stack: ExitStack) -> EngineModel:

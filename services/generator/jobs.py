@@ -34,7 +34,9 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
     )
     begin = time.monotonic()
     context.report("loading")
-    synthesizer, belongs_to = create_synthesizer(request.model, parameters, context.store, settings.synthesis_threads)
+    synthesizer, belongs_to = create_synthesizer(
+        request.model, parameters, context.store, settings.synthesis_threads, context.limits
+    )
     belongs_to["iterations"] = iterations
     checkpoint = context.load_checkpoint()
     effort = Effort()

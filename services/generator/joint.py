@@ -1,6 +1,7 @@
 """The generator's side of joint training, message by message, in the process of one CoTrain stream."""
 
 import math
+from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from granq.v1 import common_pb2, generator_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
+from services.common.jobs.reading import Reading
 from services.common.tensors import fill_tensor, from_tensor
 from services.generator.states import Effort, load_state, save_state
 from services.generator.synthesis import Batch, SynthesisParameters
@@ -28,6 +30,7 @@ class JointTraining:
         store: Holds the model and the states.
         threads: CPU threads to compute with.
         max_message_bytes: Largest message that can be sent.
+        limits: Under which the model is read. Default: none.
 
     Raises:
         InvalidArgumentError: The model or the state cannot be used, or a batch does not fit into a message.
@@ -35,11 +38,16 @@ class JointTraining:
     """
 
     def __init__(
-        self, request: generator_pb2.CoTrainOpen, store: ArtifactStore, threads: int, max_message_bytes: int
+        self,
+        request: generator_pb2.CoTrainOpen,
+        store: ArtifactStore,
+        threads: int,
+        max_message_bytes: int,
+        limits: Reading = lambda _field, _size: nullcontext(),
     ) -> None:
         self._store = store
         parameters = SynthesisParameters.of(request.generator, request.batch_size, request.seed)
-        self._synthesizer, self._belongs_to = create_synthesizer(request.model, parameters, store, threads)
+        self._synthesizer, self._belongs_to = create_synthesizer(request.model, parameters, store, threads, limits)
         self._check_size(max_message_bytes)
         if request.HasField("resume_from"):
             load_state(store, request.resume_from, self._synthesizer, self._belongs_to)

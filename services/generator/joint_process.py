@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import threading
+from functools import partial
 from typing import BinaryIO
 
 from granq.v1 import generator_pb2
@@ -17,6 +18,7 @@ from services.common.artifacts import ArtifactStore
 from services.common.errors import GranqError, InvalidArgumentError, to_failure
 from services.common.jobs import wire
 from services.common.jobs.child import die_with_parent
+from services.common.jobs.reading import limited_reading
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import configure_logging, get_logger
 from services.generator.settings import GeneratorSettings
@@ -69,7 +71,8 @@ def serve(opening: generator_pb2.CoTrainOpen, settings: GeneratorSettings, inbox
         wire.write(outlet, Frame.RESULT, response.SerializeToString())
 
     store = ArtifactStore(settings.artifact_url, settings.cache_dir)
-    training = JointTraining(opening, store, settings.torch_threads, settings.max_message_bytes)
+    limits = partial(limited_reading, settings, lambda field: wire.write(outlet, Frame.READING, field.encode()))
+    training = JointTraining(opening, store, settings.torch_threads, settings.max_message_bytes, limits)
     send(training.draw())
     while (message := inbox.next()) is not None:
         match message.WhichOneof("message"):

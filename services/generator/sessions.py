@@ -11,6 +11,7 @@ from typing import Self
 from granq.v1 import common_pb2, generator_pb2
 from services.common.errors import ResourceExhaustedError, UnavailableError, from_failure
 from services.common.jobs.process import child_environment
+from services.common.jobs.reading import death_while_reading
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
 from services.common.metrics import CHILDREN
@@ -27,10 +28,13 @@ class JointSession:
     Args:
         process: The process.
         pipes: Its standard input and output.
+        read_seconds: Limit that the process has for reading a file from outside.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, pipes: FramePipes) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, pipes: FramePipes, read_seconds: float) -> None:
         self._process = process
+        self._read_seconds = read_seconds
+        self._reading = ""
         self._pipes = pipes
 
     @classmethod
@@ -72,7 +76,7 @@ class JointSession:
         finally:
             if pipes is not None:
                 pipes.drop_child_ends()
-        session = cls(process, pipes)
+        session = cls(process, pipes, settings.read_seconds)
         try:
             await session._write(Frame.START, start.model_dump_json().encode())
             await session._write(Frame.REQUEST, opening.SerializeToString())
@@ -108,6 +112,9 @@ class JointSession:
             UnavailableError: The process died; reason CO_TRAIN_PROCESS_DIED.
         """
         frame = await self._pipes.read()
+        while frame is not None and frame[0] is Frame.READING:
+            self._reading = frame[1].decode()
+            frame = await self._pipes.read()
         if frame is not None and frame[0] is Frame.RESULT:
             return frame[1]
         if frame is not None:
@@ -115,6 +122,8 @@ class JointSession:
         code = await self._process.wait()
         if code == 0:
             return None
+        if (known := death_while_reading(code, self._reading, self._read_seconds)) is not None:
+            raise known
         raise UnavailableError(
             f"the process of the joint training died (code {code}); open a stream from the last saved state",
             reason="CO_TRAIN_PROCESS_DIED",

@@ -6,6 +6,7 @@ import torch
 
 from granq.v1 import common_pb2
 from services.common.artifacts import ArtifactStore
+from services.common.jobs.reading import Reading
 from services.common.models import load_model
 from services.generator.synthesis import SynthesisParameters, Synthesizer
 
@@ -19,16 +20,18 @@ def prepare_torch(threads: int) -> torch.device:
 
 
 def create_synthesizer(
-    model: common_pb2.ModelSource, parameters: SynthesisParameters, store: ArtifactStore, threads: int
+    model: common_pb2.ModelSource, parameters: SynthesisParameters, store: ArtifactStore, threads: int, limits: Reading
 ) -> tuple[Synthesizer, dict[str, Any]]:
-    """Load the teacher and begin a training; also return what the training depends on, for its states.
+    """Load the teacher under limits and begin a training; also return what the training depends on, for its states.
 
     Raises:
         InvalidArgumentError: The model cannot be used.
         NotFoundError: The store does not hold it.
     """
     device = prepare_torch(threads)
-    teacher = load_model(model, store)
+    size = store.local_path(model.artifact.digest).stat().st_size
+    with limits("model.artifact", size):
+        teacher = load_model(model, store)
     synthesizer = Synthesizer(
         teacher.module, teacher.input_shape, teacher.num_classes, parameters, device, teacher.pixel_range
     )

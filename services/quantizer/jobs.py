@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from granq.v1 import common_pb2, jobs_pb2, packages_pb2, quantizer_pb2, reports_pb2
-from services.common.datasets import open_dataset
+from granq.v1 import artifacts_pb2, common_pb2, jobs_pb2, packages_pb2, quantizer_pb2, reports_pb2
+from services.common.datasets import dataset_artifact, open_dataset
 from services.common.errors import FailedPreconditionError, InternalError
 from services.common.jobs import JobContext
 from services.common.models.loading import LoadedModel, load_model, summarize
@@ -48,7 +48,8 @@ def inspect(request: quantizer_pb2.StartInspectRequest, context: JobContext) -> 
     """Read a model, try the quantization on its graph, and return the model's summary."""
     _prepare(context.settings)
     context.report("loading")
-    model = load_model(request.model, context.store)
+    with context.reading("model.artifact", request.model.artifact):
+        model = load_model(request.model, context.store)
     if request.HasField("quantization"):
         context.report("checking")
         build_student(model.module, Quantization.from_proto(request.quantization))
@@ -63,10 +64,12 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
     training = Training.from_proto(request.training).for_family(quantization)
     losses = GeneratorLosses.from_proto(request.generator)
     context.report("loading")
-    model = load_model(request.model, context.store)
-    images = read_synthetic_set(
-        context.store.local_path(request.synthetic_set.digest), model.input_shape, model.num_classes
-    )
+    with context.reading("model.artifact", request.model.artifact):
+        model = load_model(request.model, context.store)
+    with context.reading("synthetic_set", request.synthetic_set):
+        images = read_synthetic_set(
+            context.store.local_path(request.synthetic_set.digest), model.input_shape, model.num_classes
+        )
     student = build_student(model.module, quantization, model.pixel_range).to(device)
     teacher = no_grad_copy(model.module).to(device)
     stored = context.load_checkpoint()
@@ -164,7 +167,8 @@ def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -
     context.report("loading")
     model, student, _ = _load_quantized(request.model, request.quantized_model.digest, context)
     student.to(device)
-    dataset = open_dataset(request.dataset, context.settings.dataset_root, context.store)
+    with context.reading("dataset", dataset_artifact(request.dataset)):
+        dataset = open_dataset(request.dataset, context.settings.dataset_root, context.store)
     seen = top1 = top5 = 0
     with torch.no_grad():
         for images, labels in dataset.images(64):
@@ -190,8 +194,10 @@ def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -
 def _load_quantized(
     source: common_pb2.ModelSource, digest: str, context: JobContext
 ) -> tuple[LoadedModel, torch.fx.GraphModule, Quantization]:
-    model = load_model(source, context.store)
-    student, quantization = load_student(context.store.local_path(digest), model.module, source.artifact.digest)
+    with context.reading("model.artifact", source.artifact):
+        model = load_model(source, context.store)
+    with context.reading("quantized_model", artifacts_pb2.Artifact(digest=digest)):
+        student, quantization = load_student(context.store.local_path(digest), model.module, source.artifact.digest)
     return model, student, quantization
 
 

@@ -1,5 +1,6 @@
 """Job functions that behave and misbehave; run in processes of their own by the tests of services.common.jobs."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import threading
 from pathlib import Path
 
 from granq.v1 import generator_pb2, jobs_pb2, reports_pb2
-from services.common.errors import DataLossError, FailedPreconditionError
+from services.common.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from services.common.jobs import JobContext
 
 Request = generator_pb2.StartSynthesizeRequest
@@ -104,6 +105,31 @@ def fails(request: Request, context: JobContext) -> jobs_pb2.JobResult:
         case "nothing":
             return None  # type: ignore[return-value]
     raise AssertionError
+
+
+def reads(request: Request, context: JobContext) -> jobs_pb2.JobResult:
+    """Read a file that does what the model's architecture names."""
+    with context.limits("model.artifact", 0):
+        match request.model.architecture:
+            case "hangs":
+                # In native code that keeps the interpreter's lock, so that no thread of Python's could end it.
+                ctypes.PyDLL(None).sleep(600)
+            case "fills":
+                bytearray(1 << 30)
+            case "fills_hidden":
+                try:
+                    bytearray(1 << 30)
+                except MemoryError as error:
+                    raise InvalidArgumentError("the file is damaged") from error
+            case "crashes":
+                ctypes.string_at(0)
+            case "aborts":
+                os.abort()
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "refused":
+                raise InvalidArgumentError("no model", field="model.artifact")
+    return _result(len(bytearray(1 << 30)) >> 30)
 
 
 def once_with_side_effect(request: Request, context: JobContext) -> jobs_pb2.JobResult:

@@ -1,7 +1,7 @@
 """Readers of labelled image sets (NumPy archives, image folders, IDX, CIFAR, WebDataset). No torch."""
 
 from services.common.datasets.base import LabelledSet
-from services.common.datasets.opening import open_dataset
+from services.common.datasets.opening import dataset_artifact, open_dataset
 from services.common.datasets.preprocessing import Preprocessor
 
-__all__ = ["LabelledSet", "Preprocessor", "open_dataset"]
+__all__ = ["LabelledSet", "Preprocessor", "dataset_artifact", "open_dataset"]

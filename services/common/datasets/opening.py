@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from granq.v1 import common_pb2
+from granq.v1 import artifacts_pb2, common_pb2
 from services.common.datasets.base import LabelledSet
 from services.common.datasets.cifar import CifarSet
 from services.common.datasets.folder import ImageFolder
@@ -16,6 +16,11 @@ from services.common.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from services.common.artifacts import ArtifactStore
+
+
+def dataset_artifact(dataset: common_pb2.Dataset) -> artifacts_pb2.Artifact | None:
+    """Return the artifact that a set was uploaded as; None for a set of the server's own."""
+    return dataset.artifact if dataset.WhichOneof("source") == "artifact" else None
 
 
 def open_dataset(dataset: common_pb2.Dataset, root: Path, store: "ArtifactStore") -> LabelledSet:

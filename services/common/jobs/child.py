@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from services.common.artifacts import ArtifactStore
 from services.common.errors import CancelledError, InternalError, to_failure
 from services.common.jobs import wire
 from services.common.jobs.context import JobContext
+from services.common.jobs.reading import limited_reading
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import configure_logging, get_logger
 from services.common.metrics import Sums, sums_since, take_sums
@@ -91,6 +93,7 @@ def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.
             log.bind(job_id=start.job_id, pipeline_id=start.pipeline_id),
             lambda progress: outlet.send(Frame.PROGRESS, progress.SerializeToString()),
             cancelled,
+            partial(limited_reading, settings, lambda field: outlet.send(Frame.READING, field.encode())),
         )
         message = resolve(start.request).FromString(request)
         function: Callable[[Any, JobContext], object] = resolve(start.function)

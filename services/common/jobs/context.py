@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, SupportsFloat
 
 import structlog
@@ -10,6 +11,7 @@ import structlog
 from granq.v1 import artifacts_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import CancelledError
+from services.common.jobs.reading import Reading
 from services.common.settings import ServerSettings
 
 REPORT_SECONDS = 0.2
@@ -32,6 +34,7 @@ class JobContext:
         log: Logger that carries the job's and the pipeline's id.
         send: Takes each progress that is to be told.
         cancelled: Set when the job must stop.
+        limits: Sets the limits under which files from outside are read. Default: none.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class JobContext:
         log: structlog.stdlib.BoundLogger,
         send: Callable[[jobs_pb2.Progress], None],
         cancelled: threading.Event,
+        limits: Reading = lambda _field, _size: nullcontext(),
     ) -> None:
         self.job_id = job_id
         self.pipeline_id = pipeline_id
@@ -52,6 +56,7 @@ class JobContext:
         self.log = log
         self._send = send
         self._cancelled = cancelled
+        self.limits = limits
         self._lock = threading.Lock()
         self._phase: str | None = None
         self._sent_at = 0.0
@@ -94,6 +99,20 @@ class JobContext:
         self._pending = None
         figures = {name: float(value) for name, value in metrics.items()}
         self._send(jobs_pb2.Progress(phase=phase, step=step, total=total, metrics=figures))
+
+    def reading(self, field: str, artifact: artifacts_pb2.Artifact | None = None) -> AbstractContextManager[None]:
+        """Return the limits under which to read a file that is not this software's own; a context manager.
+
+        Args:
+            field: Field of the request that names it.
+            artifact: What it names, fetched here, since that takes as long as the store needs. None for a folder of
+                the server's own.
+
+        Raises:
+            NotFoundError: The store does not hold the artifact.
+            ResourceExhaustedError: Within the block: READ_MEMORY when the file needs more memory than it may have.
+        """
+        return self.limits(field, 0 if artifact is None else self.store.local_path(artifact.digest).stat().st_size)
 
     def check_cancelled(self) -> None:
         """Return, or raise CancelledError when the job must stop. Call it every iteration."""

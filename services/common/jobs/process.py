@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from granq.v1 import common_pb2, jobs_pb2
 from services.common.errors import GranqError, InternalError, UnavailableError, as_granq_error, from_failure
 from services.common.jobs import wire
+from services.common.jobs.reading import death_while_reading
 from services.common.jobs.wire import ENDS, Frame, StartFrame
 from services.common.metrics import add_sums
 from services.common.settings import ServerSettings
@@ -75,10 +76,15 @@ class JobProcess:
         kind: Kind of the job.
         process: The process, with pipes on its three standard streams.
         scratch: Its folder for temporary files, which goes when it does: a killed process cannot remove its own.
+        read_seconds: Limit that the process has for reading a file from outside.
     """
 
-    def __init__(self, kind: str, process: asyncio.subprocess.Process, scratch: TemporaryDirectory[str]) -> None:
+    def __init__(
+        self, kind: str, process: asyncio.subprocess.Process, scratch: TemporaryDirectory[str], read_seconds: float
+    ) -> None:
         self._kind = kind
+        self._read_seconds = read_seconds
+        self._reading = ""
         self._process = process
         self._scratch = scratch
         self._tail: deque[bytes] = deque()
@@ -125,7 +131,8 @@ class JobProcess:
                 scratch.cleanup()
             cannot = UnavailableError("the server cannot start a process now", reason="NO_PROCESS")
             raise as_granq_error(error) or cannot from error
-        job = cls(kind, asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop()), scratch)
+        made = asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop())
+        job = cls(kind, made, scratch, settings.read_seconds)
         frames = wire.encode(Frame.START, start.model_dump_json().encode())
         job._send(frames + wire.encode(Frame.REQUEST, request.SerializeToString()))
         return job
@@ -163,7 +170,7 @@ class JobProcess:
         """Listen until the process has ended, and return what the job returned.
 
         Raises:
-            GranqError: What the job function raised.
+            GranqError: What the job function raised, or what the file that it read when it died must be.
             UnavailableError: The process was ended by a signal; reason JOB_PROCESS_DIED.
             InternalError: The process left without a word; reason JOB_PROCESS_EXITED.
         """
@@ -185,7 +192,7 @@ class JobProcess:
             await asyncio.to_thread(self._scratch.cleanup)
         if isinstance(outcome, jobs_pb2.JobResult):
             return outcome
-        raise outcome or _death(code)
+        raise outcome or death_while_reading(code, self._reading, self._read_seconds) or _death(code)
 
     async def _listen(self, on_progress: Callable[[jobs_pb2.Progress], None]) -> jobs_pb2.JobResult | GranqError | None:
         stream = self._process.stdout
@@ -193,6 +200,8 @@ class JobProcess:
             kind, payload = frame
             if kind is Frame.PROGRESS:
                 on_progress(jobs_pb2.Progress.FromString(payload))
+            elif kind is Frame.READING:
+                self._reading = payload.decode()
             elif kind is Frame.SUMS:
                 add_sums(self._kind, json.loads(payload))
             elif kind in ENDS:

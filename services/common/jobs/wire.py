@@ -26,6 +26,8 @@ class Frame(Enum):
     """From the job: granq.v1.Progress."""
     SUMS = b"B"
     """From the job: what it counted since the last such frame, as `metrics.Sums` in JSON."""
+    READING = b"G"
+    """From the job: the request's field whose file it reads from now on; empty when it has read it."""
     RESULT = b"R"
     """From the job, last: granq.v1.JobResult."""
     FAILURE = b"F"
