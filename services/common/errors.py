@@ -5,11 +5,15 @@ classes know nothing of the transport, and every way out (an RPC's status, a job
 """
 
 import errno
+import os
+import re
 from collections.abc import Callable
+from functools import cache
 
 from granq.v1 import common_pb2
 
 INTERNAL_MESSAGE = "internal error; the server's log has the details"
+_PATH = re.compile(r"(?<![\w/.:…])/([\w.@+-]+)/(?:[\w.@+-]+/)*([\w.@+-]*)")
 
 
 class GranqError(Exception):
@@ -54,6 +58,18 @@ class AlreadyExistsError(GranqError):
     """The chosen name belongs to something else."""
 
     reason = "ALREADY_EXISTS"
+
+
+class UnauthenticatedError(GranqError):
+    """Who calls is not known: credentials are missing, unknown or expired."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(GranqError):
+    """Who calls is known, and may not make this call."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class FailedPreconditionError(GranqError):
@@ -103,12 +119,14 @@ CODES: dict[type[GranqError], int] = {
     InvalidArgumentError: 3,
     NotFoundError: 5,
     AlreadyExistsError: 6,
+    PermissionDeniedError: 7,
     ResourceExhaustedError: 8,
     FailedPreconditionError: 9,
     AbortedError: 10,
     InternalError: 13,
     UnavailableError: 14,
     DataLossError: 15,
+    UnauthenticatedError: 16,
 }
 """Number in google.rpc.Code of each class; a subclass that is not listed has its base's."""
 
@@ -162,12 +180,28 @@ def as_granq_error(error: BaseException) -> GranqError | None:
     return None
 
 
+@cache
+def _top_folders() -> frozenset[str]:
+    return frozenset(os.listdir("/"))
+
+
+def without_paths(message: str) -> str:
+    """Return a message in which a file of this machine is called by its name alone: "…/weights.pt".
+
+    Messages say what a library said, and libraries say where files are. Only what begins with a folder of this machine
+    is taken for a path: names of layers have slashes, too.
+    """
+    plain = message.replace("file://", "")
+    return _PATH.sub(lambda found: f"…/{found[2]}" if found[1] in _top_folders() else found[0], plain)
+
+
 def to_failure(error: BaseException) -> common_pb2.Failure:
     """Return what a user may know of an exception; a defect gets a fixed message, for its text belongs in the log."""
     known = as_granq_error(error)
     if known is None:
         return common_pb2.Failure(code=CODES[InternalError], reason=InternalError.reason, message=INTERNAL_MESSAGE)
-    return common_pb2.Failure(code=code_of(known), reason=known.reason, message=known.message, field=known.field)
+    message = without_paths(known.message)
+    return common_pb2.Failure(code=code_of(known), reason=known.reason, message=message, field=known.field)
 
 
 def from_failure(failure: common_pb2.Failure) -> GranqError:

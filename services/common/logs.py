@@ -11,6 +11,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 get_logger = structlog.stdlib.get_logger
 # At the level DEBUG these log the requests that they send, with keys and session tokens.
 _TELL_TALES = ("aiobotocore", "aiohttp", "boto3", "botocore", "fsspec", "gcsfs", "google.auth", "s3fs", "urllib3")
+AUDIT_LOGGER = "granq.audit"
 
 
 def configure_logging(
@@ -60,6 +61,8 @@ def configure_logging(
     root.setLevel(level)
     for library in _TELL_TALES:
         logging.getLogger(library).setLevel(max(root.level, logging.INFO))
+    # What was done by whom is wanted even where nothing else is.
+    logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+
+from services.common.security import SecuritySettings, is_loopback
 
 MIB = 1024 * 1024
 
 
-class ServerSettings(BaseSettings):
+class ServerSettings(SecuritySettings):
     """Settings of one server. Services subclass it and set their default port.
 
     A value comes from the constructor, else from the environment (GRANQ_PORT for `port`), else from the default.
@@ -17,10 +19,22 @@ class ServerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GRANQ_", frozen=True, extra="forbid", validate_default=True)
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on, for RPCs and for metrics.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on for RPCs.")
     port: int = Field(default=0, ge=0, le=65535, description="Port of the RPCs; 0 lets the system choose.")
     metrics_port: int = Field(
         default=-1, ge=0, le=65535, description="Port of the metrics. Default: port + 1000, or 0 where port is 0."
+    )
+    health_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port that answers health checks alone, in plain text, for probes that know no TLS; 0 lets the "
+        "system choose. Default: none; the port of the RPCs answers them, too.",
+    )
+    monitoring_host: str = Field(
+        default="",
+        description="Address of the metrics' and the health port, which everybody who reaches them may read. Default: "
+        "host where that is loopback or allow_insecure is set, else 127.0.0.1.",
     )
     artifact_url: str = Field(
         default_factory=lambda: (Path.cwd() / "granq-data" / "artifacts").as_uri(),
@@ -31,7 +45,7 @@ class ServerSettings(BaseSettings):
     )
     ready_file: Path | None = Field(
         default=None,
-        description='JSON file {"port", "metrics_port", "pid"} with the bound ports, written once the server serves.',
+        description='JSON file {"port", "metrics_port", "health_port", "pid"}, written once the server serves.',
     )
     log_format: Literal["console", "json"] = Field(default="console", description="For people or for programs.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
@@ -58,3 +72,10 @@ class ServerSettings(BaseSettings):
             return value
         port = info.data.get("port", 0)
         return port + 1000 if port else 0
+
+    @field_validator("monitoring_host")
+    @classmethod
+    def _beside_host(cls, value: str, info: ValidationInfo) -> str:
+        host = str(info.data.get("host", ""))
+        open_to_all = bool(info.data.get("allow_insecure")) or is_loopback(host)
+        return value or (host if open_to_all else "127.0.0.1")

@@ -52,6 +52,7 @@ class GrpcWorkers:
             name: WorkerClient(
                 name,
                 address,
+                settings,
                 max_message_bytes=settings.max_message_bytes,
                 timeout_seconds=settings.rpc_timeout_seconds,
                 watch_timeout_seconds=settings.watch_timeout_seconds,

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from granq.v1 import artifacts_pb2, common_pb2, generator_pb2, generator_pb2_grpc, jobs_pb2
 from services.common.errors import InternalError, UnavailableError
+from services.common.rpc.connection import blocking_channel, call_credentials
 from services.common.rpc.status import status_to_error
+from services.common.security import SecuritySettings
 from services.common.tensors import fill_tensor, from_tensor
 from services.quantizer.batches import Batch
 
@@ -26,6 +28,12 @@ class CoTrainSource:
     Requests go through a queue, so ``answer`` returns as soon as the gradients are handed over and the student's own
     step overlaps with the generator's.
 
+    Args:
+        address: host:port of the generator.
+        security: What this service shows there.
+        opening: First message of the stream.
+        device: Where batches are put.
+
     Raises (all methods):
         UnavailableError: the generator cannot be reached or went away; the training resumes from its last checkpoint.
         GranqError: what the generator refused.
@@ -33,9 +41,12 @@ class CoTrainSource:
 
     wants_gradients = True
 
-    def __init__(self, address: str, opening: generator_pb2.CoTrainOpen, device: torch.device) -> None:
+    def __init__(
+        self, address: str, security: SecuritySettings, opening: generator_pb2.CoTrainOpen, device: torch.device
+    ) -> None:
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self._channel = grpc.insecure_channel(address, unlimited)
+        credentials = call_credentials(address, security)
+        self._channel = blocking_channel(address, credentials, unlimited)
         self._requests: queue.SimpleQueue[generator_pb2.CoTrainRequest | None] = queue.SimpleQueue()
         self._early: generator_pb2.CoTrainResponse | None = None
         self._device = device
@@ -49,7 +60,7 @@ class CoTrainSource:
             ) from None
         self._requests.put(generator_pb2.CoTrainRequest(open=opening))
         stub = generator_pb2_grpc.GeneratorServiceStub(self._channel)
-        self._call = stub.CoTrain(self._outgoing())
+        self._call = stub.CoTrain(self._outgoing(), metadata=credentials.metadata())
         self._responses: Iterator[generator_pb2.CoTrainResponse] = iter(self._call)
 
     def _outgoing(self) -> Iterator[generator_pb2.CoTrainRequest]:

@@ -138,7 +138,7 @@ def _open_source(
     message = opening(
         request.model, request.generator, training.batch_size, training.seed, key, resume_from=generator_state
     )
-    return CoTrainSource(context.settings.generator_address, message, device)
+    return CoTrainSource(context.settings.generator_address, context.settings, message, device)
 
 
 def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float], before: diagnostics.Layers) -> None:

@@ -25,7 +25,7 @@ def resolve_under(root: Path, path: str, field: str) -> Path:
         base = None
     if base is None or not base.is_dir():
         raise FailedPreconditionError(
-            f"the dataset root {str(root)!r} is not a folder on this server; configure an existing one",
+            "the dataset root is not a folder on this server; its operator must set GRANQ_DATASET_ROOT to one",
             reason="DATASET_ROOT_MISSING",
         )
     if "\0" in path or Path(path).is_absolute():

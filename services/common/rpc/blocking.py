@@ -1,6 +1,8 @@
 """Lets plain (blocking) handlers run in threads under the asynchronous server."""
 
 import asyncio
+import contextvars
+import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,11 +55,16 @@ async def in_thread(
     """Call a plain handler in a thread and return what it returns."""
     loop = asyncio.get_running_loop()
     argument = plain_iterator(request, loop) if request_streams else request
-    return await loop.run_in_executor(pool, handler, argument, PlainContext(context, loop))
+    return await loop.run_in_executor(pool, _in_context(handler), argument, PlainContext(context, loop))
 
 
 async def iterate_in_thread(pool: ThreadPoolExecutor, responses: Iterator[Any]) -> AsyncIterator[Any]:
     """Yield what a plain handler's generator yields, each step in a thread."""
     loop = asyncio.get_running_loop()
-    while (response := await loop.run_in_executor(pool, next, responses, _END)) is not _END:
+    while (response := await loop.run_in_executor(pool, _in_context(next), responses, _END)) is not _END:
         yield response
+
+
+def _in_context(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as one that knows in its thread what this task knows: who calls, and what the log carries."""
+    return functools.partial(contextvars.copy_context().run, function)

@@ -3,16 +3,19 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import structlog
 
-from services.common.errors import as_granq_error
+from services.common.errors import ResourceExhaustedError, as_granq_error
 from services.common.logs import get_logger
 from services.common.metrics import MethodMetrics
+from services.common.principal import Principal
+from services.common.rpc import audit
+from services.common.rpc.rules import rule_of
 from services.common.rpc.status import DETAILS_KEY, status_code, to_status
 from services.common.rpc.validation import validate
 
@@ -30,15 +33,18 @@ class Call:
     Args:
         figures: Name and metrics of its method.
         context: The RPC's context.
+        max_messages: Messages that the caller may send.
 
     Attributes:
         code: Its status, once the block of `observed` has been left.
+        rule: Who may make it.
     """
 
-    def __init__(self, figures: MethodMetrics, context: Context) -> None:
+    def __init__(self, figures: MethodMetrics, context: Context, max_messages: int) -> None:
         self.figures = figures
         self.method = figures.name
         self.code = grpc.StatusCode.OK
+        self.rule = rule_of(self.method)
         self.request_id = uuid.uuid4().hex[:16]
         self._context = context
         # Read now: once the peer is gone, gRPC frees what peer() and time_remaining() look at, and a handler that is
@@ -46,15 +52,42 @@ class Call:
         self._peer = context.peer()
         remaining = context.time_remaining()
         self._deadline = None if remaining is None else time.monotonic() + remaining
+        self._max_messages = max_messages
+        self._messages = 0
+        self._principal = ""
+        self._target = ""
+
+    def metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        """Return the metadata that the caller sent."""
+        return self._context.invocation_metadata() or ()
+
+    def certificate(self) -> Mapping[str, Iterable[bytes]]:
+        """Return what TLS knows of the caller."""
+        return self._context.auth_context()
+
+    def belongs_to(self, principal: Principal) -> None:
+        """Note who calls, for the logs."""
+        self._principal = principal.name
+        if principal.name:
+            structlog.contextvars.bind_contextvars(principal=principal.name)
 
     def accept(self, message: Any) -> Any:
         """Return a received message if it obeys the contract's rules, and let the log carry the job that it names.
 
         Raises:
             RequestInvalidError: It does not.
+            ResourceExhaustedError: It is one more than the caller may send.
         """
         self.figures.received.inc()
+        self._messages += 1
+        if self._messages > self._max_messages:
+            raise ResourceExhaustedError(
+                f"a stream may carry up to {self._max_messages} messages here; send larger or fewer ones",
+                reason="STREAM_TOO_LONG",
+            )
         validate(message)
+        if self.rule.mutates:
+            self._target = self._target or audit.target_of(message)
         # The contract names a job in the request itself, in its key, or in the key of what opens a stream.
         for holder in (message, getattr(message, "key", None), getattr(getattr(message, "open", None), "key", None)):
             for name in ("job_id", "pipeline_id"):
@@ -62,6 +95,11 @@ class Call:
                 if isinstance(value, str) and value:
                     structlog.contextvars.bind_contextvars(**{name: value})
         return message
+
+    def answered(self, response: Any) -> None:
+        """Note what the call was about where its request could not know, such as the id of what it made."""
+        if self.rule.mutates:
+            self._target = self._target or audit.target_of(response)
 
     @asynccontextmanager
     async def observed(self) -> AsyncIterator[None]:
@@ -91,6 +129,8 @@ class Call:
         finally:
             seconds = self.figures.end(began, self.code.name, None)
             log = _log.debug if self.method.startswith(_QUIET) else _log.info
+            if self.rule.mutates:
+                audit.record(self._principal, self.method, self._target, self.code, self._peer)
             log("rpc", method=self.method, code=self.code.name, seconds=round(seconds, 4), peer=self._peer)
 
     def _code_set(self, default: grpc.StatusCode) -> grpc.StatusCode:

@@ -1,17 +1,23 @@
-"""The interceptor of all servers: validates what comes in, and turns what is raised into statuses, metrics and logs.
+"""The interceptor of all servers: lets calls in, validates them, and turns what is raised into statuses and logs.
 
-It wraps the handler's iteration, not only its call, so that errors in the midst of a stream are told as well.
+It wraps the handler's iteration, not only its call, so that errors in the midst of a stream are told as well. To gRPC
+every method is one whose requests stream: so a request is read, and its bytes are parsed, only after its caller was let
+in.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from services.common.errors import InvalidArgumentError
 from services.common.metrics import MethodMetrics, count_unknown_method
 from services.common.rpc.blocking import in_thread, is_plain, iterate_in_thread
 from services.common.rpc.call import Call, Context
+from services.common.rpc.gate import Gate
 
 
 class _WatchedContext:
@@ -25,7 +31,8 @@ class _WatchedContext:
         return getattr(self._context, name)
 
     async def read(self) -> Any:
-        message = await self._context.read()
+        with _parsing():
+            message = await self._context.read()
         return message if message is grpc.aio.EOF else self._call.accept(message)  # type: ignore[attr-defined]
 
     async def write(self, message: Any) -> None:
@@ -33,9 +40,30 @@ class _WatchedContext:
         self._call.figures.sent.inc()
 
 
+@contextmanager
+def _parsing() -> Iterator[None]:
+    try:
+        yield
+    except DecodeError as error:
+        raise InvalidArgumentError("the bytes received are no message of the type that this call takes") from error
+
+
 async def _accepted(messages: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
-    async for message in messages:
+    following = aiter(messages)
+    while True:
+        with _parsing():
+            message = await anext(following, None)
+        if message is None:
+            return
         yield call.accept(message)
+
+
+async def _only(messages: AsyncIterator[Any], call: Call) -> Any:
+    with _parsing():
+        message = await anext(aiter(messages), None)
+    if message is None:
+        raise InvalidArgumentError("the call carries no request")
+    return call.accept(message)
 
 
 def _unless_bytes(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
@@ -48,10 +76,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     Args:
         pool: Runs handlers that are plain functions.
+        gate: Lets calls in.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, gate: Gate) -> None:
         self._pool = pool
+        self._gate = gate
         self._figures: dict[str, MethodMetrics] = {}
 
     def expect(self, method: str, handler: Any) -> MethodMetrics:
@@ -77,13 +107,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if handler.request_streaming
             else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
         )
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        wrap = self._streaming if handler.response_streaming else self._unary
+        make, wrap = (
+            (grpc.stream_stream_rpc_method_handler, self._streaming)
+            if handler.response_streaming
+            else (grpc.stream_unary_rpc_method_handler, self._unary)
+        )
         return make(
             wrap(figures, behavior, handler.request_streaming),
             handler.request_deserializer,
@@ -93,14 +121,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _unary(self, figures: MethodMetrics, behavior: Callable[..., Any], request_streams: bool) -> Callable[..., Any]:
         plain = is_plain(behavior)
 
-        async def handle(request: Any, context: Context) -> Any:
-            call = Call(figures, context)
-            async with call.observed():
-                argument, inner = self._prepare(call, request, context, request_streams)
+        async def handle(requests: Any, context: Context) -> Any:
+            call = Call(figures, context, self._gate.max_stream_messages)
+            async with call.observed(), self._gate.passed(call):
+                argument, inner = await self._prepare(call, requests, context, request_streams)
                 if plain:
                     response = await in_thread(self._pool, behavior, argument, inner, request_streams)
                 else:
                     response = await behavior(argument, inner)
+                call.answered(response)
             if call.code is grpc.StatusCode.OK:
                 figures.sent.inc()
             return response
@@ -112,10 +141,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Callable[..., Any]:
         plain = is_plain(behavior)
 
-        async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
-            call = Call(figures, context)
-            async with call.observed():
-                argument, inner = self._prepare(call, request, context, request_streams)
+        async def handle(requests: Any, context: Context) -> AsyncIterator[Any]:
+            call = Call(figures, context, self._gate.max_stream_messages)
+            async with call.observed(), self._gate.passed(call):
+                argument, inner = await self._prepare(call, requests, context, request_streams)
                 if plain:
                     generator = await in_thread(self._pool, behavior, argument, inner, request_streams)
                     responses: Any = iterate_in_thread(self._pool, iter(generator))
@@ -136,6 +165,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return handle
 
-    def _prepare(self, call: Call, request: Any, context: Context, request_streams: bool) -> tuple[Any, Any]:
-        argument = _accepted(request, call) if request_streams else call.accept(request)
+    async def _prepare(self, call: Call, requests: Any, context: Context, request_streams: bool) -> tuple[Any, Any]:
+        argument = _accepted(requests, call) if request_streams else await _only(requests, call)
         return argument, _WatchedContext(context, call)

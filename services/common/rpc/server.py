@@ -18,12 +18,16 @@ from services.common.jobs import JobManager
 from services.common.jobs.servicer import JobServicer
 from services.common.logs import configure_logging, get_logger
 from services.common.metrics import DISKS, MetricsServer, show_build, show_gpus
+from services.common.rpc.exposure import check_exposure
+from services.common.rpc.gate import Gate
 from services.common.rpc.interceptors import CallInterceptor
 from services.common.rpc.ready import write_ready_file
+from services.common.rpc.tls import server_credentials
 from services.common.settings import ServerSettings
 
 _log = get_logger("services.common.rpc")
 _PLAIN_HANDLER_THREADS = 4
+_MAX_PROBES = 64
 
 
 class _Registrar:
@@ -56,6 +60,7 @@ class GrpcServer:
     Attributes:
         port: Bound port of the RPCs, after `start`.
         metrics_port: Bound port of the metrics, after `start`.
+        health_port: Bound port of the health checks alone, after `start`; None where there is none.
     """
 
     def __init__(self, name: str, settings: ServerSettings, jobs: JobManager | None = None) -> None:
@@ -63,6 +68,7 @@ class GrpcServer:
         self.settings = settings
         self.port = settings.port
         self.metrics_port = settings.metrics_port
+        self.health_port = settings.health_port
         self._jobs = jobs
         self._servicers: list[tuple[Callable[[Any, Any], None], object]] = []
         self._resources: list[AbstractAsyncContextManager[Any]] = []
@@ -90,27 +96,20 @@ class GrpcServer:
 
         Raises:
             UnavailableError: A port is taken, or the host is not this machine's.
+            FailedPreconditionError: The address is not safe to listen on, or certificates or principals are unusable.
         """
+        check_exposure(self.settings)
         async with AsyncExitStack() as stack:
             for resource in self._resources:
                 await stack.enter_async_context(resource)
             pool = ThreadPoolExecutor(_PLAIN_HANDLER_THREADS, thread_name_prefix="handler")
             stack.callback(pool.shutdown, wait=False)
             server, names = self._assemble(pool)
-            host, port = self.settings.host, self.settings.port
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            try:
-                self.port = server.add_insecure_port(address)
-                metrics_server = MetricsServer(host, self.settings.metrics_port)
-            except (RuntimeError, OSError) as error:
-                message = f"cannot listen on {address} and, for metrics, on port {self.settings.metrics_port}: {error}"
-                raise UnavailableError(message, reason="PORT_TAKEN") from error
-            stack.push_async_callback(asyncio.to_thread, metrics_server.close)
+            await self._bind(server, stack)
             stack.enter_context(DISKS.shown(self.settings))
             show_build(self.name)
             if self._jobs is not None:
                 show_gpus()
-            self.metrics_port = metrics_server.port
             for name in names:
                 await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
             await server.start()
@@ -118,9 +117,35 @@ class GrpcServer:
             self._stack = stack.pop_all()
         _log.info("server ready", service=self.name, port=self.port, metrics_port=self.metrics_port)
 
+    async def _bind(self, server: grpc.aio.Server, stack: AsyncExitStack) -> None:
+        """Take the ports; the metrics' and the health port are served from now on."""
+        settings = self.settings
+        address = _address(settings.host, settings.port)
+        credentials = server_credentials(settings)
+        try:
+            self.port = (
+                server.add_insecure_port(address)
+                if credentials is None
+                else server.add_secure_port(address, credentials)
+            )
+            metrics_server = MetricsServer(settings.monitoring_host, settings.metrics_port)
+            stack.push_async_callback(asyncio.to_thread, metrics_server.close)
+            self.metrics_port = metrics_server.port
+            if settings.health_port is not None:
+                probes = health_server(self._health)
+                self.health_port = probes.add_insecure_port(_address(settings.monitoring_host, settings.health_port))
+                await probes.start()
+                stack.push_async_callback(probes.stop, 0)
+        except (RuntimeError, OSError) as error:
+            message = (
+                f"cannot listen on {address} and, for metrics and health, on {settings.monitoring_host} with the ports "
+                f"{settings.metrics_port} and {settings.health_port}: {error}"
+            )
+            raise UnavailableError(message, reason="PORT_TAKEN") from error
+
     def _assemble(self, pool: ThreadPoolExecutor) -> tuple[grpc.aio.Server, list[str]]:
         size = self.settings.max_message_bytes
-        interceptor = CallInterceptor(pool)
+        interceptor = CallInterceptor(pool, Gate(self.settings))
         server = grpc.aio.server(
             interceptors=[interceptor],
             options=[
@@ -133,6 +158,8 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # Who connects and says nothing must not hold a connection for minutes.
+                ("grpc.server_handshake_timeout_ms", 10_000),
             ],
         )
         registrar = _Registrar(server, interceptor)
@@ -165,7 +192,8 @@ class GrpcServer:
             loop.add_signal_handler(number, signals.put_nowait, number)
         await self.start()
         if self.settings.ready_file is not None:
-            await asyncio.to_thread(write_ready_file, self.settings.ready_file, self.port, self.metrics_port)
+            ports = (self.port, self.metrics_port, self.health_port)
+            await asyncio.to_thread(write_ready_file, self.settings.ready_file, *ports)
         received = signal.Signals(await signals.get())
         _log.info("server stops", service=self.name, signal=received.name)
         server = self._server
@@ -179,6 +207,17 @@ class GrpcServer:
                 *([self._jobs.close(0)] if self._jobs is not None else []),
             )
         await stopping
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def health_server(servicer: Any) -> grpc.aio.Server:
+    """Return a server of the health service and nothing else, for probes that know neither TLS nor tokens."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=_MAX_PROBES)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return server
 
 
 def run(name: str, settings: ServerSettings, create_server: Callable[[Any], GrpcServer]) -> None:

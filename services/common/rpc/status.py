@@ -16,6 +16,7 @@ from services.common.errors import (
     UnavailableError,
     as_granq_error,
     code_of,
+    without_paths,
 )
 
 DOMAIN = "granq"
@@ -57,9 +58,10 @@ def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
     # A field can be at fault without a bad request, such as a runtime that this machine does not have.
     metadata = {"field": known.field} if known.field and not invalid else {}
     info = error_details_pb2.ErrorInfo(reason=known.reason, domain=DOMAIN, metadata=metadata)
-    status = status_pb2.Status(code=code_of(known), message=known.message)
+    message = without_paths(known.message)
+    status = status_pb2.Status(code=code_of(known), message=message)
     status.details.add().Pack(info)
-    violations = [(known.field, known.message)] if invalid and known.field else []
+    violations = [(known.field, message)] if invalid and known.field else []
     if isinstance(known, RequestInvalidError):
         violations = known.violations
     if violations:

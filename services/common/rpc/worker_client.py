@@ -17,8 +17,12 @@ from granq.v1 import (
     quantizer_pb2_grpc,
 )
 from services.common.errors import UnavailableError
+from services.common.logs import get_logger
+from services.common.rpc.connection import Connection
 from services.common.rpc.status import status_to_error
+from services.common.security import SecuritySettings
 
+_log = get_logger("services.common.rpc")
 _OPTIONS = (
     # A dead peer is noticed within half a minute, also while nothing is sent. Servers must permit this rate.
     ("grpc.keepalive_time_ms", 20_000),
@@ -58,6 +62,7 @@ class WorkerClient:
     Args:
         name: What the worker is called in messages.
         address: Its host:port.
+        security: What this service shows there.
         max_message_bytes: Largest message, received or sent.
         timeout_seconds: Deadline of short calls.
         watch_timeout_seconds: Deadline of one stream of events.
@@ -67,6 +72,7 @@ class WorkerClient:
         self,
         name: str,
         address: str,
+        security: SecuritySettings,
         *,
         max_message_bytes: int,
         timeout_seconds: float,
@@ -80,14 +86,21 @@ class WorkerClient:
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         )
-        self._channel = grpc.aio.insecure_channel(address, options=[*_OPTIONS, *limits])
-        self._jobs: jobs_pb2_grpc.JobServiceAsyncStub = jobs_pb2_grpc.JobServiceStub(self._channel)
+        self._connection = Connection(address, security, [*_OPTIONS, *limits], watch_timeout_seconds)
+
+    @property
+    def _jobs(self) -> "jobs_pb2_grpc.JobServiceAsyncStub":
+        return jobs_pb2_grpc.JobServiceStub(self._connection.channel())
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return self._connection.metadata()
 
     async def start(self, request: Message) -> jobs_pb2.Job:
         """Send a Start… request and return the job."""
-        call = _STARTS[type(request)](self._channel)
+        call = _STARTS[type(request)](self._connection.channel())
         try:
-            response = await call(request, timeout=self._timeout)
+            response = await call(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
         job: jobs_pb2.Job = response.job
@@ -104,7 +117,8 @@ class WorkerClient:
     async def get(self, job_id: str) -> jobs_pb2.Job:
         """Return a job as it is now."""
         try:
-            response = await self._jobs.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), timeout=self._timeout)
+            request = jobs_pb2.GetJobRequest(job_id=job_id)
+            response = await self._jobs.GetJob(request, timeout=self._timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
         return response.job
@@ -112,7 +126,7 @@ class WorkerClient:
     async def watch(self, job_id: str, run_id: str, sequence: int) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         """Yield a job's events behind a number of a run; ends with the job, or before it when the time is up."""
         request = jobs_pb2.WatchJobRequest(job_id=job_id, after_sequence=sequence, run_id=run_id)
-        call = self._jobs.WatchJob(request, timeout=self._watch_timeout)
+        call = self._jobs.WatchJob(request, timeout=self._watch_timeout, metadata=self._metadata)
         try:
             async for event in call:
                 yield event
@@ -127,19 +141,21 @@ class WorkerClient:
         """Ask a job to end and return it as it is then."""
         request = jobs_pb2.CancelJobRequest(job_id=job_id)
         try:
-            response = await self._jobs.CancelJob(request, timeout=min(timeout_seconds, self._timeout))
+            timeout = min(timeout_seconds, self._timeout)
+            response = await self._jobs.CancelJob(request, timeout=timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
         return response.job
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._channel.close(None)
+        await self._connection.close()
 
     def _as_error(self, error: grpc.aio.AioRpcError) -> Exception:
         if error.code() in _BROKEN:
-            return UnavailableError(
-                f"the {self._name} at {self._address} does not answer: {error.details() or error.code().name}",
-                reason="WORKER_UNAVAILABLE",
+            # Where it is stays in the log: users see this in their pipeline's events.
+            _log.info(
+                "no answer", worker=self._name, address=self._address, code=error.code().name, why=error.details()
             )
+            return UnavailableError(f"the {self._name} does not answer", reason="WORKER_UNAVAILABLE")
         return status_to_error(error)

@@ -52,3 +52,19 @@ def test_console_format(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("console")
     get_logger().info("ready", port=1)
     assert "ready" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_tracebacks_do_not_show_local_variables(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(log_format)  # type: ignore[arg-type]
+
+    def fails(token: str) -> None:
+        raise KeyError("weights")
+
+    try:
+        fails("granq_" + "secret"[::-1])
+    except KeyError:
+        get_logger().exception("failed")
+    shown = capsys.readouterr().err
+    assert "weights" in shown
+    assert "terces" not in shown
