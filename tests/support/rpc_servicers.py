@@ -6,7 +6,8 @@ from typing import Any
 
 import grpc
 
-from granq.v1 import artifacts_pb2, artifacts_pb2_grpc
+from granq.v1 import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc
+from services.common.principal import current_principal
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -112,3 +113,22 @@ class AbortingArtifacts(artifacts_pb2_grpc.ArtifactServiceServicer):
 
     async def UploadArtifact(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         await context.abort(grpc.StatusCode.ABORTED, "by hand")
+
+
+class CallerJobs(jobs_pb2_grpc.JobServiceServicer):
+    """A worker's JobService whose one job has the caller's name as its kind."""
+
+    def _job(self) -> jobs_pb2.Job:
+        return jobs_pb2.Job(kind=current_principal().name)
+
+    async def GetJob(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return jobs_pb2.GetJobResponse(job=self._job())
+
+    async def ListJobs(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return jobs_pb2.ListJobsResponse(jobs=[self._job()])
+
+    async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        yield jobs_pb2.WatchJobResponse(job=self._job())
+
+    async def CancelJob(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return jobs_pb2.CancelJobResponse(job=self._job())

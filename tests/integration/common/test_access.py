@@ -21,7 +21,7 @@ from services.common.rpc import GrpcServer, status_to_error
 from services.common.settings import MIB, ServerSettings
 from tests.support.certificates import TOKENS, bearer, credential, people
 from tests.support.identity_provider import AUDIENCE, ISSUER, identity_provider
-from tests.support.rpc_servicers import DIGEST, AsyncArtifacts, PlainArtifacts
+from tests.support.rpc_servicers import DIGEST, AsyncArtifacts, CallerJobs, PlainArtifacts
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -47,11 +47,6 @@ class Artifacts(AsyncArtifacts):
         return await super().UploadArtifact(request_iterator, context)
 
 
-class Jobs(jobs_pb2_grpc.JobServiceServicer):
-    async def CancelJob(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return jobs_pb2.CancelJobResponse()
-
-
 @pytest.fixture
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
@@ -62,7 +57,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
                 settings["principals_file"].write_text(people_file)
             server = GrpcServer("test", ServerSettings(port=0, log_format="json", **settings))
             server.add(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, servicer)
-            server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, Jobs())
+            server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, CallerJobs())
             await server.start()
             stack.push_async_callback(server.stop, 0)
             return await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{server.port}"))
@@ -205,7 +200,7 @@ async def test_probes_need_no_token_and_reflection_does(serve: Serve) -> None:
 async def test_bytes_that_are_no_request(serve: Serve) -> None:
     channel = await serve(Artifacts())
     for method in ("GetArtifact", "DownloadArtifact", "UploadArtifact"):
-        call: Any = channel.stream_stream(f"/granq.v1.ArtifactService/{method}")
+        call: Any = channel.stream_stream(f"/granq.v1.ArtifactService/{method}", None, None)
         answer = call(iter([b"\xff\xff\xff"]), metadata=ALICE, timeout=20).read()
         assert await refused(answer, grpc.StatusCode.INVALID_ARGUMENT) == "INVALID_ARGUMENT"
         if method != "UploadArtifact":

@@ -16,25 +16,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from granq.v1 import artifacts_pb2, artifacts_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from services.common.errors import FailedPreconditionError, GranqError, UnauthenticatedError, UnavailableError
-from services.common.principal import current_principal
 from services.common.rpc import GrpcServer
 from services.common.rpc.worker_client import WorkerClient
 from services.common.security import SecuritySettings
 from services.common.settings import MIB, ServerSettings
 from tests.support.certificates import Authority, bearer, credential
-from tests.support.rpc_servicers import DIGEST, AsyncArtifacts
+from tests.support.rpc_servicers import DIGEST, AsyncArtifacts, CallerJobs
 
 pytestmark = pytest.mark.timeout(60)
 Serve = Callable[..., Awaitable[GrpcServer]]
 NEW = [("grpc.use_local_subchannel_pool", 1)]
 SERVICE_TOKEN = "granq_service-0123456789"
-
-
-class Jobs(jobs_pb2_grpc.JobServiceServicer):
-    """Answers with the caller's name as the job's kind."""
-
-    async def GetJob(self, request: Any, context: Any) -> jobs_pb2.GetJobResponse:  # noqa: N802
-        return jobs_pb2.GetJobResponse(job=jobs_pb2.Job(kind=current_principal().name))
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ async def serve() -> AsyncIterator[Serve]:
         async def make(**settings: Any) -> GrpcServer:
             server = GrpcServer("test", ServerSettings(port=0, **settings))
             server.add(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, AsyncArtifacts())
-            server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, Jobs())
+            server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, CallerJobs())
             await server.start()
             stack.push_async_callback(server.stop, 0)
             return server

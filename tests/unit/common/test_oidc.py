@@ -74,7 +74,7 @@ def test_tokens_that_somebody_else_made(provider: Provider) -> None:
     checked = tokens(provider)
     claims = jwt.decode(provider.token(), options={"verify_signature": False})
     for forged in (
-        jwt.encode(claims, None, algorithm="none", headers={"kid": "first"}),
+        jwt.encode(claims, "", algorithm="none", headers={"kid": "first"}),
         jwt.encode(claims, provider.keys() * 2, algorithm="HS256", headers={"kid": "first"}),
         provider.token()[:-8] + "AAAAAAAA",
         "a.b.c",
