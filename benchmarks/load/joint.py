@@ -19,6 +19,7 @@ from granq.v1 import common_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.models import LoadedModel, load_model
 from services.common.models.cifar_resnet import resnet20
+from services.common.security import SecuritySettings
 from services.generator.synthesis import SynthesisParameters, Synthesizer
 from services.quantizer.batches import Batch, BatchSource
 from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training
@@ -170,7 +171,9 @@ def arms(case: Case, threads: int) -> Iterator[tuple[Arm, Arm, Callable[[], floa
             local = Stamped(InProcess(load_model(source, store), case.batch))
             key = jobs_pb2.JobKey(job_id="benchmark", pipeline_id="benchmark")
             message = opening(source, common_pb2.GeneratorConfig(), case.batch, 0, key)
-            with closing(Stamped(CoTrainSource(server.address, message, torch.device("cpu")))) as remote:
+            with closing(
+                Stamped(CoTrainSource(server.address, SecuritySettings(), message, torch.device("cpu")))
+            ) as remote:
                 processes = [psutil.Process(), psutil.Process(server.pid)]
                 pair = [Arm(_trainer(load_model(source, store), case, way), way) for way in (local, remote)]
                 for arm in pair:

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.load.joint import Case
 from granq.v1 import artifacts_pb2, common_pb2, jobs_pb2
+from services.common.security import SecuritySettings
 from services.quantizer.generator_client import CoTrainSource, opening
 from tests.support.servers import ServerProcess
 
@@ -68,7 +69,7 @@ def through_the_service(case: Case, iterations: int) -> tuple[list[float], float
             key = jobs_pb2.JobKey(job_id="benchmark", pipeline_id="benchmark")
             message = opening(model, common_pb2.GeneratorConfig(), case.batch, 0, key)
             images, logits = torch.randn(case.batch, 3, case.side, case.side), torch.randn(case.batch, _CLASSES)
-            with closing(CoTrainSource(server.address, message, torch.device("cpu"))) as source:
+            with closing(CoTrainSource(server.address, SecuritySettings(), message, torch.device("cpu"))) as source:
                 source.next(0)
 
                 def turn(iteration: int) -> None:
