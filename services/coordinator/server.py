@@ -93,6 +93,7 @@ def _pool(settings: CoordinatorSettings, table: DeviceTable, calls: DatabaseCall
         return WorkerClient(
             f"device {device_id}",
             address,
+            settings,
             max_message_bytes=settings.max_message_bytes,
             timeout_seconds=settings.rpc_timeout_seconds,
             watch_timeout_seconds=settings.watch_timeout_seconds,

@@ -8,7 +8,9 @@ import grpc
 
 from granq.v1 import devices_pb2, devices_pb2_grpc
 from services.common.errors import UnavailableError
+from services.common.rpc.connection import Connection
 from services.common.rpc.status import status_to_error
+from services.common.security import SecuritySettings
 from services.evaluator.serving import CallServing
 
 _OPTIONS = (
@@ -28,19 +30,25 @@ class CoordinatorClient:
 
     Args:
         address: host:port of the coordinator.
+        security: What this device shows there.
         max_message_bytes: Largest message, received or sent.
         timeout_seconds: Deadline of a unary call.
     """
 
-    def __init__(self, address: str, *, max_message_bytes: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, address: str, security: SecuritySettings, *, max_message_bytes: int, timeout_seconds: float
+    ) -> None:
         self._address = address
         self._timeout = timeout_seconds
         limits = (
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         )
-        self._channel = grpc.aio.insecure_channel(address, options=[*_OPTIONS, *limits])
-        self._stub: devices_pb2_grpc.DeviceServiceAsyncStub = devices_pb2_grpc.DeviceServiceStub(self._channel)
+        self._connection = Connection(address, security, [*_OPTIONS, *limits], timeout_seconds)
+
+    @property
+    def _stub(self) -> "devices_pb2_grpc.DeviceServiceAsyncStub":
+        return devices_pb2_grpc.DeviceServiceStub(self._connection.channel())
 
     async def register(self, request: devices_pb2.RegisterDeviceRequest) -> devices_pb2.RegisterDeviceResponse:
         """Enter the pool."""
@@ -67,7 +75,7 @@ class CoordinatorClient:
             while True:
                 yield await outgoing.get()
 
-        stream = self._stub.ServeJobs(messages())
+        stream = self._stub.ServeJobs(messages(), metadata=self._connection.metadata())
         try:
             await serving.serve(aiter(stream), outgoing.put_nowait)
         except grpc.aio.AioRpcError as error:
@@ -77,11 +85,11 @@ class CoordinatorClient:
 
     async def close(self) -> None:
         """Close the connection."""
-        await self._channel.close(None)
+        await self._connection.close()
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout)
+            return await method(request, timeout=self._timeout, metadata=self._connection.metadata())
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
 

@@ -57,7 +57,10 @@ class EvaluatorServer(GrpcServer):
             identity.close()
             raise
         client = CoordinatorClient(
-            settings.coordinator_address, max_message_bytes=settings.max_message_bytes, timeout_seconds=_CALL_SECONDS
+            settings.coordinator_address,
+            settings,
+            max_message_bytes=settings.max_message_bytes,
+            timeout_seconds=_CALL_SECONDS,
         )
         serving = CallServing(self._starter, self._runner)
 

@@ -62,6 +62,15 @@ _SERVICES: dict[str, dict[str, Rule]] = {
         "StartEvaluate": _WORKER_CHANGE,
         "StartBuildEngine": _WORKER_CHANGE,
     },
+    # Devices enter the pool as services; a heartbeat is no event worth an audit line.
+    "granq.v1.DeviceService": {
+        "RegisterDevice": _WORKER_CHANGE,
+        "SendHeartbeat": _WORKER_SEE,
+        "DeregisterDevice": _WORKER_CHANGE,
+        "ServeJobs": _WORKER_CHANGE,
+        "ListDevices": _SEE,
+        "RemoveDevice": Rule(Scope.ADMIN, mutates=True),
+    },
     # Probes have no credentials; what they learn is that the server serves. A watch would hold a place for ever.
     "grpc.health.v1.Health": {"Check": _EVERYBODY, "List": _EVERYBODY, "Watch": _SEE},
     # The contract is public, but which services run where is not everybody's business.

@@ -108,9 +108,13 @@ class WorkerClient:
 
     async def capabilities(self) -> evaluator_pb2.GetCapabilitiesResponse:
         """Return what an evaluator can run and build."""
-        stub: evaluator_pb2_grpc.EvaluatorServiceAsyncStub = evaluator_pb2_grpc.EvaluatorServiceStub(self._channel)
+        stub: evaluator_pb2_grpc.EvaluatorServiceAsyncStub = evaluator_pb2_grpc.EvaluatorServiceStub(
+            self._connection.channel()
+        )
         try:
-            return await stub.GetCapabilities(evaluator_pb2.GetCapabilitiesRequest(), timeout=self._timeout)
+            return await stub.GetCapabilities(
+                evaluator_pb2.GetCapabilitiesRequest(), timeout=self._timeout, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
 

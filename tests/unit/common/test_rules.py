@@ -36,12 +36,16 @@ def test_what_users_and_services_may_call() -> None:
         of_users = method.startswith(("/granq.v1.PipelineService/", "/granq.v1.ArtifactService/"))
         if of_users:
             assert scope in (Scope.READ, Scope.SUBMIT), method
+        elif method == "/granq.v1.DeviceService/ListDevices":
+            assert scope is Scope.READ
+        elif method == "/granq.v1.DeviceService/RemoveDevice":
+            assert scope is Scope.ADMIN
         elif method.startswith("/granq.v1."):
             assert scope is Scope.SERVICE, method
 
 
 def test_what_changes_something_is_audited_and_needs_more_than_reading() -> None:
-    reads = ("Get", "List", "Watch", "Download", "Check", "ServerReflectionInfo")
+    reads = ("Get", "List", "Watch", "Download", "Check", "SendHeartbeat", "ServerReflectionInfo")
     for method, rule in RULES.items():
         assert rule.mutates is not method.rpartition("/")[2].startswith(reads), method
         assert not (rule.mutates and rule.scope in (None, Scope.READ)), method
