@@ -68,7 +68,6 @@ ENV PATH=/opt/granq/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GRANQ_HOST=0.0.0.0 \
     GRANQ_LOG_FORMAT=json \
-    GRANQ_ARTIFACT_URL=file:///data/artifacts \
     GRANQ_PORT=50053 \
     GRANQ_DATASET_ROOT=/data/datasets \
     NVIDIA_VISIBLE_DEVICES=all \

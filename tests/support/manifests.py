@@ -1,5 +1,6 @@
 """Rendered Kubernetes objects as the policies look at them: pods, their settings, and who may reach whom."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def environment(objects: list[Object], pod: Pod, container: Object) -> dict[str,
     for entry in container.get("env", []):
         match entry:
             case {"name": name, "value": value}:
-                filled[name] = value
+                filled[name] = re.sub(r"\$\((\w+)\)", lambda match: filled.get(match[1], match[0]), value)
             case {"name": name, "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}:
                 filled[name] = f"{pod.name}-0"
             case {"name": name, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}:
