@@ -196,7 +196,8 @@ def broken(change: Callable[[Object, Object], Any]) -> list[Object]:
 
 
 def pod_of(workload: Object) -> Object:
-    return dict(workload["spec"]["template"])["spec"]
+    spec: Object = workload["spec"]["template"]["spec"]
+    return spec
 
 
 BREAKS: dict[str, Callable[[Object, Object], Any]] = {
