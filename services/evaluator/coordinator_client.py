@@ -80,6 +80,12 @@ class CoordinatorClient:
             await serving.serve(aiter(stream), outgoing.put_nowait)
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # The connection was closed, for one with new certificates; gRPC tells that as if the caller gave up.
+            raise UnavailableError("the connection was closed", reason="COORDINATOR_UNAVAILABLE") from None
         finally:
             stream.cancel()
 

@@ -30,7 +30,7 @@ class EvaluatorServer(GrpcServer):
     """
 
     def __init__(self, settings: EvaluatorSettings) -> None:
-        store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+        store = ArtifactStore(settings.artifact_url, settings.cache_dir, settings)
         self._runner = JobManager(store, settings, KINDS, settings.max_running_jobs, on_success=observe)
         super().__init__("evaluator", settings, self._runner)
         self._configured = settings

@@ -7,11 +7,13 @@ noted here is of use where its copies are.
 from pathlib import Path
 from typing import BinaryIO
 
-from granq.client import Client
 from granq.errors import GranqClientError
+from granq.transfer import Transfers
 from services.common.artifacts.backend import storage_operation
 from services.common.artifacts.local import LocalBackend, LocalStaged
 from services.common.errors import CLASSES, GranqError, NotFoundError, UnavailableError
+from services.common.rpc.artifact_client import open_transfers
+from services.common.security import SecuritySettings
 
 _BLOBS = "blobs/"
 
@@ -32,9 +34,9 @@ def _as_error(error: GranqClientError) -> GranqError:
 class CoordinatedStaged:
     """Bytes spooled on this device, sent when they are complete."""
 
-    def __init__(self, spool: LocalStaged, client: Client) -> None:
+    def __init__(self, spool: LocalStaged, transfers: Transfers) -> None:
         self._spool = spool
-        self._client = client
+        self._transfers = transfers
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
@@ -45,7 +47,7 @@ class CoordinatedStaged:
         self._spool.flush()
         try:
             with storage_operation("publish", OSError):
-                self._client.upload(self._spool.path, name=path.rpartition("/")[2])
+                self._transfers.upload(self._spool.path, path.rpartition("/")[2], "", None)
         except GranqClientError as error:
             raise _as_error(error) from error
         self._spool.publish(path)
@@ -62,16 +64,17 @@ class CoordinatedBackend:
         address: host:port of the coordinator.
         folder: Where copies and references are kept.
         files: The same folder as a backend.
+        security: What this service shows to the coordinator; None for nothing, in plain text.
     """
 
-    def __init__(self, address: str, folder: Path, files: LocalBackend) -> None:
-        self._client = Client(address)
+    def __init__(self, address: str, folder: Path, files: LocalBackend, security: SecuritySettings | None) -> None:
+        self._transfers = open_transfers(address, security)
         self._folder = folder
         self._files = files
 
     def stage(self) -> CoordinatedStaged:
         """Begin a blob."""
-        return CoordinatedStaged(self._files.stage(), self._client)
+        return CoordinatedStaged(self._files.stage(), self._transfers)
 
     def open(self, path: str) -> BinaryIO:
         """Open a file to read; a blob that is not here yet is fetched, from where an earlier attempt broke off."""
@@ -82,7 +85,7 @@ class CoordinatedBackend:
                 raise
         try:
             with storage_operation("open", OSError):
-                self._client.download(digest_of_path(path), self._folder / path)
+                self._transfers.download(digest_of_path(path), self._folder / path, None)
         except GranqClientError as error:
             raise self._missing(path, error) from error
         return self._files.open(path)
@@ -96,7 +99,7 @@ class CoordinatedBackend:
                 raise
         try:
             with storage_operation("stat"):
-                return self._client.stat(digest_of_path(path)).size_bytes
+                return self._transfers.stat(digest_of_path(path)).size_bytes
         except GranqClientError as error:
             raise self._missing(path, error) from error
 

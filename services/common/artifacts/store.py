@@ -15,6 +15,7 @@ from services.common.artifacts.local import LocalBackend
 from services.common.artifacts.reader import VerifyingReader, damaged
 from services.common.errors import DataLossError, InvalidArgumentError, NotFoundError
 from services.common.metrics import ARTIFACT_BYTES
+from services.common.security import SecuritySettings
 
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -113,9 +114,10 @@ class ArtifactStore:
         url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, granq://host:port for the store of the
             coordinator there, or memory://name for tests.
         cache_dir: Local copies of a remote store's blobs. Default: granq in the user's cache folder.
+        security: What is shown to the coordinator of a granq:// URL.
     """
 
-    def __init__(self, url: str, cache_dir: Path | None = None) -> None:
+    def __init__(self, url: str, cache_dir: Path | None = None, security: SecuritySettings | None = None) -> None:
         self.url = url
         self.cache_dir = cache_dir
         self._verified: dict[str, tuple[int, ...]] = {}
@@ -138,7 +140,7 @@ class ArtifactStore:
 
             folder = cache_dir or default_cache_dir()
             self._files = LocalBackend(folder)
-            self._backend = CoordinatedBackend(parts.netloc, folder, self._files)
+            self._backend = CoordinatedBackend(parts.netloc, folder, self._files, security)
         elif parts.scheme:
             # Here, because fsspec would cost every server and job with a local store its time to load.
             from services.common.artifacts.remote import RemoteBackend

@@ -88,7 +88,7 @@ def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.
         context = JobContext(
             start.job_id,
             start.pipeline_id,
-            ArtifactStore(settings.artifact_url, settings.cache_dir),
+            ArtifactStore(settings.artifact_url, settings.cache_dir, settings),
             settings,
             log.bind(job_id=start.job_id, pipeline_id=start.pipeline_id),
             lambda progress: outlet.send(Frame.PROGRESS, progress.SerializeToString()),

@@ -16,9 +16,16 @@ from granq.cli.app import build
 from granq.cli.exits import Exit
 from granq.v1 import common_pb2, devices_pb2, devices_pb2_grpc, evaluator_pb2
 from services.common.artifacts import ArtifactStore
-from services.common.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from services.common.errors import InvalidArgumentError, NotFoundError, UnauthenticatedError, UnavailableError
+from services.common.jobs import JobManager
+from services.evaluator.coordinator_client import CoordinatorClient
+from services.evaluator.serving import CallServing
+from services.evaluator.settings import EvaluatorSettings
+from services.evaluator.starting import JobStarter
+from tests.support.certificates import TOKENS, Authority, credential
 from tests.support.coordinator import Bench, bench
 
+READY = devices_pb2.DEVICE_STATE_READY
 ONE, TWO = "1" * 32, "2" * 32
 
 
@@ -139,6 +146,21 @@ async def test_a_second_stream_ends_the_first_and_the_coordinators_end_ends_the_
         await stopping
 
 
+async def test_a_connection_that_is_renewed_ends_its_stream_as_unavailable(devices: Devices, tmp_path: Path) -> None:
+    """Not as cancelled, which would end the device's life in the pool."""
+    await devices.register("nano")
+    settings = EvaluatorSettings(cache_dir=tmp_path)
+    client = CoordinatorClient(devices.address, settings, max_message_bytes=4 * 1024**2, timeout_seconds=20)
+    jobs = JobManager(devices.bench.store, settings, {}, 1)
+    serving = asyncio.create_task(client.serve("nano", ONE, CallServing(JobStarter(jobs), jobs)))
+    async with asyncio.timeout(20):
+        while (await devices.stub.ListDevices(devices_pb2.ListDevicesRequest())).devices[0].state != READY:
+            await asyncio.sleep(0.02)
+        await client.close()
+        with pytest.raises(UnavailableError):
+            await serving
+
+
 async def test_the_store_behind_the_coordinator(devices: Devices, tmp_path: Path) -> None:
     """What a device stores is in the coordinator's store, and what is there it reads; references are its own."""
     content = b"graph" * 500_000
@@ -161,6 +183,38 @@ async def test_the_store_behind_the_coordinator(devices: Devices, tmp_path: Path
     await asyncio.to_thread(use)
     with pytest.raises(InvalidArgumentError, match="granq://host:port"):
         ArtifactStore("granq:///folder", tmp_path / "device")
+
+
+async def test_a_device_shows_its_token_over_tls_for_its_lease_and_for_its_artifacts(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue()
+    people, token = tmp_path / "principals.toml", tmp_path / "token"
+    people.write_text(credential("nano", ["service", "read", "submit"], TOKENS["alice"]))
+    token.write_text(TOKENS["alice"])
+    async with bench(tmp_path, tls_certificate=certificate, tls_key=key, principals_file=people) as made:
+        assert made.coordinator is not None
+        address = f"localhost:{made.coordinator.port}"
+        request = devices_pb2.RegisterDeviceRequest(
+            info=devices_pb2.DeviceInfo(device_id="nano", platform="linux-aarch64"), instance_id=ONE
+        )
+
+        async def use(**shown: Any) -> bytes:
+            settings = EvaluatorSettings(cache_dir=tmp_path, tls_ca=authority.path, **shown)
+            client = CoordinatorClient(address, settings, max_message_bytes=4 * 1024**2, timeout_seconds=20)
+            try:
+                await client.register(request)
+            finally:
+                await client.close()
+            store = ArtifactStore(f"granq://{address}", tmp_path / "device", settings)
+            engine = await asyncio.to_thread(store.put_bytes, b"engine")
+            return made.store.read_bytes(engine.digest)
+
+        with pytest.raises(UnauthenticatedError):
+            await use()
+        assert await use(service_token_file=token) == b"engine"
+        stranger = ArtifactStore(f"granq://{address}", tmp_path / "stranger", EvaluatorSettings(tls_ca=authority.path))
+        with pytest.raises(UnauthenticatedError):
+            await asyncio.to_thread(stranger.put_bytes, b"another")
 
 
 def test_a_store_behind_no_coordinator_is_unavailable(tmp_path: Path) -> None:
