@@ -16,7 +16,7 @@ CONTRACT := pyproject.toml hatch_build.py services/quantizer/kernels/cpu.cpp $(w
 DEMO_OUT ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test lint types format protos images-check clean
+.PHONY: help venv install install-dev demo test fuzz lint types format protos images-check clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ demo: $(VENV)/.installed ## Quantize the example model through four real servers
 test: $(VENV)/.installed-dev ## Run all tests; ARGS go to pytest
 	@tools/apt.sh dataset-fashion-mnist postgresql prometheus || echo "tests that need these packages will skip" >&2
 	PATH="$$PATH:$(POSTGRES_BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
+
+fuzz: $(VENV)/.installed-dev ## Feed 100,000 damaged inputs to every parser; ARGS="--seconds 60" for less
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, import rules and the contract
 	$(BIN)/ruff check .

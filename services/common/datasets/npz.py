@@ -1,5 +1,6 @@
 """NumPy archives, streamed: neither array is ever held whole, except for the labels."""
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ class NpzSet(LabelledSet):
                 # Later versions exist for structured types, and their headers may be gigabytes long.
                 raise ValueError(f"version {version} is not read")
             shape, fortran, dtype = npy.read_array_header_1_0(stream)
-        except (ValueError, SyntaxError, TypeError, UnicodeDecodeError, RecursionError, MemoryError) as error:
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError) as error:
             raise self._error(f"{name} has a damaged header: {error}") from error
         if dtype.hasobject:
             raise self._error(f"{name} holds Python objects, which are refused because reading them could run code")
