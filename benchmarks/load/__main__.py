@@ -62,5 +62,21 @@ def messages_command(
         table.add(*messages.measure(joint.Case.parse(text), iterations, rounds))
 
 
+@app.command("startup")
+def startup_command(
+    repeats: Annotated[int, typer.Option(help="Of each start.")] = 5,
+    idle_seconds: Annotated[float, typer.Option(help="How long idle servers are watched.")] = 30.0,
+    out: Out = None,
+) -> None:
+    """Start-up of commands and servers, and the CPU that idle servers use."""
+    from benchmarks.load import startup
+
+    notes = [
+        f"{repeats} starts each on warm file caches. Where the machine does other things meanwhile, wall time is longer "
+        "than it would be; CPU time, of all processes, is what it comes down to on free cores.",
+    ]
+    startup.measure(repeats, idle_seconds, Table(out, "Start-up", startup.COLUMNS, notes).add)
+
+
 if __name__ == "__main__":
     app()

@@ -15,9 +15,11 @@ def build() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        # Plain help: rich's, with the Markdown parser that it brings along, takes as long as all the rest.
+        rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command("up", epilog=EPILOG)(up.up)
+    app.command("up", epilog=EPILOG, short_help="Start all four servers here; they run until Ctrl-C.")(up.up)
     app.command("quantize", epilog=EPILOG)(quantize.quantize)
     app.add_typer(pipelines.app, name="pipelines")
     app.add_typer(artifacts.app, name="artifacts")
