@@ -27,9 +27,17 @@ Progress = Callable[[int, int], None]
 
 def digest_of(stream: IO[bytes]) -> str:
     """Return "sha256:" and the hexadecimal digest of what is left in ``stream``."""
+    return _name(_sha256_of(stream))
+
+
+def _sha256_of(stream: IO[bytes]) -> "hashlib._Hash":
     sha256 = hashlib.sha256()
     while chunk := stream.read(CHUNK_BYTES):
         sha256.update(chunk)
+    return sha256
+
+
+def _name(sha256: "hashlib._Hash") -> str:
     return f"sha256:{sha256.hexdigest()}"
 
 
@@ -117,16 +125,19 @@ class Transfers:
     def _fill(self, digest: str, size: int, stream: BinaryIO, progress: Progress | None) -> bool:
         """Append to ``stream`` what it lacks of the blob; return whether it then has the blob's size and digest."""
         backoff, attempt = Backoff(), 0
+        if stream.seek(0, os.SEEK_END) > size:
+            stream.truncate(0)
+        stream.seek(0)
+        sha256 = _sha256_of(stream)
         while True:
             done = stream.seek(0, os.SEEK_END)
-            if done > size:
-                stream.truncate(0)
-                done = 0
             request = artifacts_pb2.DownloadArtifactRequest(digest=digest, offset=done)
             before = done
             try:
                 for message in self._stub.DownloadArtifact(request, timeout=self._deadline(size - done)):
-                    done += stream.write(message.chunk)
+                    chunk = message.chunk  # each look at the field copies its bytes
+                    done += stream.write(chunk)
+                    sha256.update(chunk)
                     if progress:
                         progress(done, size)
                 break
@@ -137,8 +148,7 @@ class Transfers:
                 if failure.code not in _BROKEN or attempt >= ATTEMPTS:
                     raise failure from error
                 time.sleep(backoff.next())
-        stream.seek(0)
-        return done == size and digest_of(stream) == digest
+        return done == size and _name(sha256) == digest
 
     def _holds(self, digest: str) -> bool:
         try:

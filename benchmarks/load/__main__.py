@@ -72,10 +72,28 @@ def startup_command(
     from benchmarks.load import startup
 
     notes = [
-        f"{repeats} starts each on warm file caches. Where the machine does other things meanwhile, wall time is longer "
-        "than it would be; CPU time, of all processes, is what it comes down to on free cores.",
+        f"{repeats} starts each on warm file caches. Where the machine does other things meanwhile, wall time is "
+        "longer than it would be; CPU time, of all processes, is what it comes down to on free cores.",
     ]
     startup.measure(repeats, idle_seconds, Table(out, "Start-up", startup.COLUMNS, notes).add)
+
+
+@app.command("artifacts")
+def artifacts_command(
+    megabytes: Annotated[int, typer.Option(help="Size of the file, MiB.")] = 2048,
+    rounds: Annotated[int, typer.Option(help="Transfers each way.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where file and store are. Default: the system's.")] = None,
+    out: Out = None,
+) -> None:
+    """Upload and download of a large file, and what hashing and copying it take by themselves."""
+    from benchmarks.load import artifacts
+
+    notes = [
+        f"{megabytes} MiB, {rounds} rounds, client and coordinator on loopback of one machine, hashing at both ends.",
+        "An upload hashes the file before it sends it: content that the server holds is not sent. CPU: client and "
+        "server together; their sum over the cores at hand is the floor of the time.",
+    ]
+    artifacts.measure(folder, megabytes, rounds, Table(out, "Transfers of artifacts", artifacts.COLUMNS, notes).add)
 
 
 if __name__ == "__main__":

@@ -45,16 +45,22 @@ class ArtifactTransfer:
             # Not returned but noted, so that it is dropped, too, when the client goes away at this very moment.
             await self._threads.call(stage)
             writer = writers[0]
-            async for message in messages:
-                if message.WhichOneof("payload") != "chunk":
-                    raise InvalidArgumentError("only the first message may carry a header", field="header")
-                expected = writer.size_bytes + len(message.chunk)
-                self._check_limit(expected)
-                if 0 < header.size_bytes < expected:
-                    raise InvalidArgumentError(
-                        f"the header declares {header.size_bytes} bytes, but more arrived", field="header.size_bytes"
-                    )
-                await self._threads.call(writer.write, message.chunk)
+            arrived = 0
+            # Each chunk is written and hashed while the next one arrives.
+            async with self._threads.ahead() as writing:
+                async for message in messages:
+                    if message.WhichOneof("payload") != "chunk":
+                        raise InvalidArgumentError("only the first message may carry a header", field="header")
+                    chunk = message.chunk  # each look at the field copies its bytes
+                    arrived += len(chunk)
+                    self._check_limit(arrived)
+                    if 0 < header.size_bytes < arrived:
+                        raise InvalidArgumentError(
+                            f"the header declares {header.size_bytes} bytes, but more arrived",
+                            field="header.size_bytes",
+                        )
+                    await writing.then(writer.write, chunk)
+                await writing.result()
             _check_content(header, writer)
             return await self._threads.call(writer.commit)
         finally:
@@ -74,9 +80,12 @@ class ArtifactTransfer:
         file = await self._threads.call(self._store.open, digest, offset)
         try:
             sent = False
-            while chunk := await self._threads.call(file.read, CHUNK_BYTES):
-                yield artifacts_pb2.DownloadArtifactResponse(size_bytes=size, chunk=chunk)
-                sent = True
+            # Each chunk is read and hashed while the one before is sent.
+            async with self._threads.ahead() as reading:
+                await reading.then(file.read, CHUNK_BYTES)
+                while chunk := await reading.then(file.read, CHUNK_BYTES):
+                    yield artifacts_pb2.DownloadArtifactResponse(size_bytes=size, chunk=chunk)
+                    sent = True
             if not sent:
                 yield artifacts_pb2.DownloadArtifactResponse(size_bytes=size)
         finally:

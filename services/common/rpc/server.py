@@ -17,6 +17,7 @@ from services.common.errors import GranqError, UnavailableError
 from services.common.jobs import JobManager
 from services.common.jobs.servicer import JobServicer
 from services.common.logs import configure_logging, get_logger
+from services.common.memory import keep_freed_memory
 from services.common.metrics import DISKS, MetricsServer, show_build, show_gpus
 from services.common.rpc.exposure import check_exposure
 from services.common.rpc.gate import Gate
@@ -232,6 +233,8 @@ def run(name: str, settings: ServerSettings, create_server: Callable[[Any], Grpc
         SystemExit: With code 1, when the server cannot start; the log says why.
     """
     configure_logging(settings.log_format, settings.log_level, {"service": name})
+
+    keep_freed_memory()
 
     async def serve() -> None:
         await create_server(settings).run()
