@@ -28,11 +28,13 @@ class Threads:
         A call that has begun runs to its end, also when its caller is cancelled; the caller then waits for that end, so
         that whatever it does next, such as cleaning up, cannot run beside the call.
         """
-        running = asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *arguments, **named))
+        submitted = self._pool.submit(partial(function, *arguments, **named))
+        running = asyncio.wrap_future(submitted)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            if not running.cancel():
+            # The pool's own future is asked: asyncio's could be cancelled although the call goes on.
+            if not submitted.cancel():
                 await asyncio.wait({running})
                 if not running.cancelled():
                     running.exception()  # looked at, so that it is not reported as forgotten
