@@ -64,7 +64,9 @@ class PipelineManager:
         self._cancellations: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._strays = asyncio.Lock()
 
-    async def submit(self, spec: coordinator_pb2.PipelineSpec, request_id: str) -> coordinator_pb2.Pipeline:
+    async def submit(
+        self, spec: coordinator_pb2.PipelineSpec, request_id: str, owner: str = ""
+    ) -> coordinator_pb2.Pipeline:
         """Start a pipeline, or return the one that the same request started before.
 
         Raises:
@@ -73,11 +75,11 @@ class PipelineManager:
             AlreadyExistsError: The request id belongs to another spec.
         """
         # Before the checks: a repeat gets its pipeline even when the model was removed from the store meanwhile.
-        earlier = await self._calls.call(self._repository.find, spec, request_id)
+        earlier = await self._calls.call(self._repository.find, spec, request_id, owner)
         if earlier is not None:
             return earlier
         await self._calls.call(check_spec, spec, self._store)
-        pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id)
+        pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id, owner)
         if created:
             log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, client_request_id=request_id)
             # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
@@ -89,7 +91,7 @@ class PipelineManager:
         return (await self._calls.call(self._repository.get, pipeline_id)).pipeline
 
     async def page(
-        self, states: Sequence[int], page_size: int, page_token: str
+        self, states: Sequence[int], page_size: int, page_token: str, owner: str | None = None
     ) -> tuple[list[coordinator_pb2.Pipeline], str]:
         """Return a page of pipelines, newest first, and the token of the next one, empty on the last.
 
@@ -99,7 +101,7 @@ class PipelineManager:
         wanted = sorted(set(states))
         after = _read_token(page_token, wanted) if page_token else None
         pipelines, following = await self._calls.call(
-            self._repository.page, wanted, after, page_size or DEFAULT_PAGE_SIZE
+            self._repository.page, wanted, after, page_size or DEFAULT_PAGE_SIZE, owner
         )
         return pipelines, _write_token(following, wanted) if following is not None else ""
 

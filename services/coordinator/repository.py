@@ -4,6 +4,7 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import cast
 
 from sqlalchemy import Engine, delete, select, tuple_
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session, undefer
 from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2
 from services.common.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
 from services.coordinator.database import read_session
+from services.coordinator.grants import revoke
 from services.coordinator.tables import EventRow, JobRow, PipelineRow
 from services.coordinator.transitions import ENDED, JobCursor, State, add_event, lock_row, now_us, state_name
 
@@ -56,6 +58,11 @@ def new_pipeline_id() -> str:
     return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(5)
 
 
+def _request_key(request_id: str, owner: str) -> str:
+    """Return what is stored of a request id; a hash cannot be mistaken for a client's id, which has no colon."""
+    return f"sha256:{sha256(f'{owner}:{request_id}'.encode()).hexdigest()}" if owner and request_id else request_id
+
+
 class Repository:
     """The coordinator's stored pipelines."""
 
@@ -63,7 +70,7 @@ class Repository:
         self._engine = engine
 
     def create(
-        self, spec: coordinator_pb2.PipelineSpec, request_id: str, executor_id: str
+        self, spec: coordinator_pb2.PipelineSpec, request_id: str, executor_id: str, owner: str = ""
     ) -> tuple[coordinator_pb2.Pipeline, bool]:
         """Store a new QUEUED pipeline, or find the one that the same request made before.
 
@@ -76,7 +83,8 @@ class Repository:
         stored = spec.SerializeToString(deterministic=True)
         row = PipelineRow(
             pipeline_id=new_pipeline_id(),
-            request_id=request_id or None,
+            owner=owner,
+            request_id=_request_key(request_id, owner) or None,
             spec=stored,
             state=State.PIPELINE_STATE_QUEUED,
             stage=0,
@@ -95,23 +103,26 @@ class Repository:
             return to_pipeline(row), True
         except IntegrityError:
             # Two equal requests may race; the database's unique index decides which one made the pipeline.
-            found = self._of_request(request_id, stored)
+            found = self._of_request(request_id, owner, stored)
             if found is None:
                 raise
             return found, False
 
-    def find(self, spec: coordinator_pb2.PipelineSpec, request_id: str) -> coordinator_pb2.Pipeline | None:
+    def find(
+        self, spec: coordinator_pb2.PipelineSpec, request_id: str, owner: str = ""
+    ) -> coordinator_pb2.Pipeline | None:
         """Return the pipeline that the same request made before, if any.
 
         Raises:
             AlreadyExistsError: The request id belongs to a pipeline with another spec.
         """
-        return self._of_request(request_id, spec.SerializeToString(deterministic=True))
+        return self._of_request(request_id, owner, spec.SerializeToString(deterministic=True))
 
-    def _of_request(self, request_id: str, stored: bytes) -> coordinator_pb2.Pipeline | None:
+    def _of_request(self, request_id: str, owner: str, stored: bytes) -> coordinator_pb2.Pipeline | None:
         if not request_id:
             return None
-        query = select(PipelineRow).where(PipelineRow.request_id == request_id).options(*_WHOLE)
+        key = _request_key(request_id, owner)
+        query = select(PipelineRow).where(PipelineRow.request_id == key).options(*_WHOLE)
         with read_session(self._engine) as session:
             row = session.scalars(query).one_or_none()
             if row is None:
@@ -136,10 +147,15 @@ class Repository:
                 raise NotFoundError(f"there is no pipeline {pipeline_id!r}", field="pipeline_id")
             return Snapshot(to_pipeline(row), row.attempt)
 
+    def owner(self, pipeline_id: str) -> str | None:
+        """Return whose a pipeline is; None when there is no such pipeline."""
+        with read_session(self._engine) as session:
+            return session.scalar(select(PipelineRow.owner).where(PipelineRow.pipeline_id == pipeline_id))
+
     def page(
-        self, states: Sequence[int], after: Position | None, limit: int
+        self, states: Sequence[int], after: Position | None, limit: int, owner: str | None = None
     ) -> tuple[list[coordinator_pb2.Pipeline], Position | None]:
-        """Return up to ``limit`` pipelines behind a position, newest first, and the next page's position.
+        """Return up to ``limit`` pipelines behind a position, of one owner or of all, and the next page's position.
 
         A page begins behind the last pipeline of the page before, not at a count of rows, so pipelines that come or go
         meanwhile neither repeat nor hide others.
@@ -147,6 +163,8 @@ class Repository:
         key = tuple_(PipelineRow.create_time, PipelineRow.pipeline_id)
         query = select(PipelineRow).options(*_WHOLE).limit(limit + 1)
         query = query.order_by(PipelineRow.create_time.desc(), PipelineRow.pipeline_id.desc())
+        if owner is not None:
+            query = query.where(PipelineRow.owner == owner)
         if states:
             query = query.where(PipelineRow.state.in_(states))
         if after is not None:
@@ -190,6 +208,7 @@ class Repository:
                     field="pipeline_id",
                 )
             session.execute(delete(PipelineRow).where(PipelineRow.pipeline_id == pipeline_id))
+            revoke(session, pipeline_id)
             return row.attempt
 
     def unfinished(self) -> list[DrivenPipeline]:

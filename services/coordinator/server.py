@@ -19,10 +19,12 @@ from services.coordinator.devices.servicer import DeviceServicer
 from services.coordinator.devices.table import DeviceTable, Terms
 from services.coordinator.driver import PipelineDriver
 from services.coordinator.engine import WorkflowEngine
+from services.coordinator.grants import Grants
 from services.coordinator.hub import EventHub
 from services.coordinator.locks import ExecutorLocks
 from services.coordinator.manager import PipelineManager
 from services.coordinator.metrics import PipelineCollector
+from services.coordinator.ownership import OwnArtifacts, OwnPipelines
 from services.coordinator.pipeline_jobs import PipelineJobs
 from services.coordinator.repository import Repository
 from services.coordinator.requests import STAGES, JobCall
@@ -176,9 +178,11 @@ class CoordinatorServer(GrpcServer):
             cancel_seconds=settings.cancel_seconds,
         )
         transfer = ArtifactTransfer(store, self._store_threads, settings.max_artifact_bytes)
-        self.add(coordinator_pb2_grpc.add_PipelineServiceServicer_to_server, PipelineServicer(self._manager))
+        artifacts = OwnArtifacts(transfer, Grants(self._engine), calls)
+        pipelines = OwnPipelines(self._manager, self._repository, calls, artifacts)
+        self.add(coordinator_pb2_grpc.add_PipelineServiceServicer_to_server, PipelineServicer(pipelines))
         self.add(devices_pb2_grpc.add_DeviceServiceServicer_to_server, DeviceServicer(self._membership))
-        self.add(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(transfer))
+        self.add(artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server, ArtifactServicer(artifacts))
         self.manage(self._resources_in_order())
 
     @asynccontextmanager

@@ -26,6 +26,9 @@ class PipelineRow(Base):
     __tablename__ = "pipelines"
 
     pipeline_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    # Who submitted it; "" on a coordinator that asks nobody.
+    owner: Mapped[str] = mapped_column(String(300), default="", server_default="")
+    # As the client chose it, where there is no owner; else its hash with the owner, since each has names of its own.
     request_id: Mapped[str | None] = mapped_column(String(128), unique=True)
     # The two large columns are read only where they are asked for: progress touches a row twice a second.
     spec: Mapped[bytes] = mapped_column(LargeBinary, deferred=True)
@@ -46,9 +49,22 @@ class PipelineRow(Base):
     end_time: Mapped[int | None] = mapped_column(BigInteger)
 
     __table_args__ = (
+        Index("pipelines_by_owner", "owner", "create_time", "pipeline_id"),
         Index("pipelines_newest", "create_time", "pipeline_id"),
         Index("pipelines_by_state", "state", "create_time", "pipeline_id"),
     )
+
+
+class GrantRow(Base):
+    """An artifact that somebody may see, and the pipeline that made it for him; "" where he uploaded it."""
+
+    __tablename__ = "artifact_grants"
+
+    owner: Mapped[str] = mapped_column(String(300), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    pipeline_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+    __table_args__ = (Index("artifact_grants_by_pipeline", "pipeline_id"),)
 
 
 class EventRow(Base):

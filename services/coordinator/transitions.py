@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2
 from services.common.errors import FailedPreconditionError, NotFoundError
 from services.coordinator.database import read_session
+from services.coordinator.grants import grant
 from services.coordinator.lifetimes import observe_end, observe_wait
 from services.coordinator.tables import EventRow, JobRow, PipelineRow
 
@@ -171,6 +172,7 @@ class Transitions:
             if not finished(row, stage):
                 results = coordinator_pb2.PipelineResults.FromString(row.results)
                 results.MergeFrom(part)
+                grant(session, row.owner, pipeline_id, part)
                 row.results = results.SerializeToString(deterministic=True)
                 row.finished_stages |= 1 << stage
             session.execute(delete(JobRow).where(JobRow.pipeline_id == pipeline_id))
