@@ -56,8 +56,8 @@ async def finished(made: Bench, pipeline_id: str, who: Any) -> coordinator_pb2.P
     request = coordinator_pb2.WatchPipelineRequest(pipeline_id=pipeline_id)
     async for _event in pipelines.WatchPipeline(request, metadata=who, timeout=PATIENCE):
         pass
-    request = coordinator_pb2.GetPipelineRequest(pipeline_id=pipeline_id)
-    pipeline: coordinator_pb2.Pipeline = (await pipelines.GetPipeline(request, metadata=who, timeout=PATIENCE)).pipeline
+    asked = coordinator_pb2.GetPipelineRequest(pipeline_id=pipeline_id)
+    pipeline: coordinator_pb2.Pipeline = (await pipelines.GetPipeline(asked, metadata=who, timeout=PATIENCE)).pipeline
     return pipeline
 
 
