@@ -16,7 +16,7 @@ CONTRACT := pyproject.toml hatch_build.py services/quantizer/kernels/cpu.cpp $(w
 DEMO_OUT ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test fuzz lint types format protos images-check clean
+.PHONY: help venv install install-dev demo test fuzz lock sbom audit lint types format protos images-check clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,16 @@ test: $(VENV)/.installed-dev ## Run all tests; ARGS go to pytest
 
 fuzz: $(VENV)/.installed-dev ## Feed 100,000 damaged inputs to every parser; ARGS="--seconds 60" for less
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz $(ARGS)
+
+lock: $(VENV)/.installed-dev ## Fix versions and hashes of what is installed, in constraints/ (needs uv on the PATH)
+	$(BIN)/python tools/supply_chain.py lock
+
+sbom: $(VENV)/.installed-dev ## List what is installed as sbom.json, with licences; fails for the GPL alone (needs uv)
+	$(BIN)/python tools/supply_chain.py sbom
+	$(BIN)/python tools/supply_chain.py licenses
+
+audit: $(VENV)/.installed-dev ## Ask PyPI for known vulnerabilities of what is installed (needs uv and network)
+	$(BIN)/python tools/supply_chain.py audit
 
 lint: $(VENV)/.installed-dev ## Check style, import rules and the contract
 	$(BIN)/ruff check .

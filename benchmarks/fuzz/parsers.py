@@ -125,7 +125,7 @@ def _reframed(data: bytes, rng: Any) -> bytes:
 
 def _dataset(folder: Path, kind: str, name: str) -> Callable[[bytes], object]:
     """Return a reader of a set, one of whose files is the input."""
-    message = common_pb2.Dataset(path="set", format=common_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{kind}"))
+    message = common_pb2.Dataset(path="set", format=f"DATASET_FORMAT_{kind}")
     message.preprocessing.channels = 3
     root = folder / kind
     if kind == "NPZ":

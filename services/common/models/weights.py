@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from granq.v1 import common_pb2
-from services.common.models.archive import open_zip, refuse
+from services.common.models.archive import DTYPES, open_zip, refuse
 
 
 def read_state_dict(path: Path, model_format: "common_pb2.ModelFormat") -> dict[str, torch.Tensor]:
@@ -33,6 +33,10 @@ def read_state_dict(path: Path, model_format: "common_pb2.ModelFormat") -> dict[
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise refuse("WEIGHTS_INVALID", f"entry {name!r} of the state dict is not a dense tensor")
+        if value.dtype not in DTYPES.values():
+            raise refuse(
+                "WEIGHTS_INVALID", f"entry {name!r} has elements of type {value.dtype}; save the weights as float32"
+            )
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return dict(state)

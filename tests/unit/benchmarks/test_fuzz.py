@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from numpy.lib import format as npy
+from safetensors.torch import save_file
 
 from benchmarks.fuzz.mutation import in_bytes
 from benchmarks.fuzz.parsers import Parser, parsers
@@ -73,6 +74,13 @@ def test_a_plain_pickle_that_names_another_storage_is_refused(tmp_path: Path) ->
     with pytest.raises(InvalidArgumentError) as caught:
         read_state_dict(path, common_pb2.MODEL_FORMAT_STATE_DICT)
     assert caught.value.reason == "MODEL_TRUNCATED"
+
+
+def test_elements_that_pytorch_cannot_compute_with_are_refused(tmp_path: Path) -> None:
+    """The least of them, asked for a variance, was NotImplementedError."""
+    save_file({"bn.running_var": torch.ones(3, dtype=torch.uint32)}, tmp_path / "x.safetensors")
+    with pytest.raises(InvalidArgumentError, match=r"torch\.uint32; save the weights as float32"):
+        read_state_dict(tmp_path / "x.safetensors", common_pb2.MODEL_FORMAT_SAFETENSORS)
 
 
 def test_a_header_of_an_array_that_never_ends_is_refused(tmp_path: Path) -> None:
