@@ -4,6 +4,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -11,6 +12,7 @@ from typing import Self, TypeVar
 import grpc
 
 from granq.channel import open_channel
+from granq.credentials import PathLike, TokenInterceptor, channel_credentials, check_plain_token, read_token
 from granq.errors import from_rpc_error
 from granq.transfer import Progress, Transfers
 from granq.v1 import (
@@ -38,8 +40,18 @@ class Client:
     Args:
         address: "host:port" of the coordinator.
         timeout: Deadline in seconds of each unary call. Transfers get one second more for each 64 KiB.
-        credentials: Channel credentials for TLS; plain text without.
+        credentials: Channel credentials, in place of those that the files below make.
+        ca: PEM file with the authorities to trust; turns TLS on.
+        certificate: PEM file with the client's own certificate chain, where the server asks for one.
+        key: PEM file with its key.
+        tls: TLS with the authorities that gRPC knows, without any file.
+        token: Bearer token.
+        token_file: File with the token, read for each call so that it may be renewed.
         patience: Seconds that :meth:`watch` and :meth:`wait` go on reconnecting while no server answers.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: The token would be sent to another machine in plain text, or arguments do not go together.
     """
 
     def __init__(
@@ -48,14 +60,29 @@ class Client:
         *,
         timeout: float = 30.0,
         credentials: grpc.ChannelCredentials | None = None,
+        ca: PathLike | None = None,
+        certificate: PathLike | None = None,
+        key: PathLike | None = None,
+        tls: bool = False,
+        token: str = "",
+        token_file: PathLike | None = None,
         patience: float = 300.0,
     ) -> None:
+        if token and token_file is not None:
+            raise ValueError("give either token or token_file")
         self.address = address
         self._timeout, self._patience = timeout, patience
+        credentials = credentials or channel_credentials(ca, certificate, key, tls)
+        if token_file is not None:
+            read_token(token_file)  # an error now is better than one at the first call
+        show = partial(read_token, token_file) if token_file is not None else (lambda: token) if token else None
+        if show is not None and credentials is None:
+            check_plain_token(address)
         self._channel = open_channel(address, credentials)
-        self._pipelines = coordinator_pb2_grpc.PipelineServiceStub(self._channel)
-        self._devices = devices_pb2_grpc.DeviceServiceStub(self._channel)
-        self._transfers = Transfers(artifacts_pb2_grpc.ArtifactServiceStub(self._channel), timeout)
+        channel = self._channel if show is None else grpc.intercept_channel(self._channel, TokenInterceptor(show))
+        self._pipelines = coordinator_pb2_grpc.PipelineServiceStub(channel)
+        self._devices = devices_pb2_grpc.DeviceServiceStub(channel)
+        self._transfers = Transfers(artifacts_pb2_grpc.ArtifactServiceStub(channel), timeout)
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 import typer
 
-from granq.cli import artifacts, device, devices, engines, pipelines, quantize, recipes, targets, up
+from granq.cli import access, artifacts, device, devices, engines, pipelines, quantize, recipes, targets, up
 from granq.cli.exits import EPILOG
 
 
@@ -19,6 +19,7 @@ def build() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+    app.callback()(access.set_access)
     app.command("up", epilog=EPILOG, short_help="Start all four servers here; they run until Ctrl-C.")(up.up)
     app.command("quantize", epilog=EPILOG)(quantize.quantize)
     app.add_typer(pipelines.app, name="pipelines")
@@ -28,4 +29,5 @@ def build() -> typer.Typer:
     app.add_typer(engines.app, name="engine")
     app.add_typer(device.app, name="device")
     app.add_typer(devices.app, name="devices")
+    app.add_typer(access.app, name="token")
     return app

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from granq.cli.access import access
 from granq.cli.exits import Exit, exit_for
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def connect(address: str) -> "Iterator[Client]":
     """
     from granq.client import Client
 
-    with outcomes(address), Client(address) as client:
+    with outcomes(address), Client(address, **access().options()) as client:
         yield client
 
 

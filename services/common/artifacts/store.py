@@ -20,6 +20,8 @@ from services.common.security import SecuritySettings
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 # In no name, so that the file of "a" and the folder of "a/b" never are the same path.
+# Not all that fsspec knows: it would fetch from web servers, and chain URLs (::) into each other.
+_BUCKETS = ("s3", "gs", "gcs", "memory")
 _REF_SUFFIX = "@ref"
 _CHUNK = 1024 * 1024
 
@@ -141,14 +143,14 @@ class ArtifactStore:
             folder = cache_dir or default_cache_dir()
             self._files = LocalBackend(folder)
             self._backend = CoordinatedBackend(parts.netloc, folder, self._files, security)
-        elif parts.scheme:
+        elif parts.scheme in _BUCKETS and "::" not in url:
             # Here, because fsspec would cost every server and job with a local store its time to load.
             from services.common.artifacts.remote import RemoteBackend
 
             self._files = LocalBackend(cache_dir or default_cache_dir())
             self._backend = RemoteBackend(url, self._files)
         else:
-            message = f"an artifact URL has a scheme such as file://, got {url!r}"
+            message = f"an artifact URL begins with file://, s3://, gs:// or granq://, got {url!r}"
             raise InvalidArgumentError(message, field="artifact_url")
 
     def writer(self, name: str = "", media_type: str = "") -> ArtifactWriter:

@@ -272,7 +272,7 @@ def test_wrong_urls(url: str) -> None:
 
 
 def test_unknown_scheme(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError):
+    with pytest.raises(InvalidArgumentError, match="begins with file://"):
         ArtifactStore("nosuch://bucket", tmp_path)
 
 
@@ -339,3 +339,21 @@ def test_abandoned_uploads_are_removed(local: ArtifactStore, folder: Path) -> No
 def test_blobs_are_read_only_on_disk(local: ArtifactStore) -> None:
     path = local.local_path(local.put_bytes(b"abc").digest)
     assert path.stat().st_mode & 0o222 == 0
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest",
+        "https://example.org/a",
+        "ftp://h/a",
+        "sftp://h/a",
+        "simplecache::s3://b/a",
+        "s3://b/a::http://h/x",
+        "local:///etc",
+        "reference://a",
+    ],
+)
+def test_urls_that_would_fetch_from_elsewhere(url: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="begins with file://"):
+        ArtifactStore(url)
