@@ -8,6 +8,7 @@ from granq.v1 import artifacts_pb2_grpc, coordinator_pb2_grpc, devices_pb2_grpc,
 from services.common.artifacts import ArtifactStore
 from services.common.rpc import GrpcServer
 from services.common.rpc.worker_client import WorkerClient
+from services.common.rpc.worker_replicas import WorkerReplicas
 from services.coordinator.bundle import build_report
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.database import database_engine, parse_url, prepare_database
@@ -51,20 +52,26 @@ class GrpcWorkers:
             "evaluator": settings.evaluator_address,
         }
         self._clients = {
-            name: WorkerClient(
-                name,
-                address,
-                settings,
-                max_message_bytes=settings.max_message_bytes,
-                timeout_seconds=settings.rpc_timeout_seconds,
-                watch_timeout_seconds=settings.watch_timeout_seconds,
-            )
+            name: WorkerReplicas(address, partial(self._connect, settings, name, address))
             for name, address in addresses.items()
         }
+        self._evaluator = self._connect(settings, "evaluator", settings.evaluator_address, settings.evaluator_address)
+
+    def _connect(self, settings: CoordinatorSettings, name: str, configured: str, address: str) -> WorkerClient:
+        return WorkerClient(
+            name,
+            address,
+            settings,
+            max_message_bytes=settings.max_message_bytes,
+            timeout_seconds=settings.rpc_timeout_seconds,
+            watch_timeout_seconds=settings.watch_timeout_seconds,
+            # Certificates name the service, and not the pod that it means.
+            server_name="" if address == configured else configured.rpartition(":")[0],
+        )
 
     async def capabilities(self) -> evaluator_pb2.GetCapabilitiesResponse:
         """Return what the evaluator can run and build."""
-        return await self._clients["evaluator"].capabilities()
+        return await self._evaluator.capabilities()
 
     async def start(self, call: JobCall) -> jobs_pb2.Job:
         """Start a job, attach to the one that runs, or resume one that failed."""
@@ -86,6 +93,7 @@ class GrpcWorkers:
 
     async def close(self) -> None:
         """Close all connections."""
+        await self._evaluator.close()
         for client in self._clients.values():
             await client.close()
 

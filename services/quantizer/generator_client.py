@@ -44,7 +44,12 @@ class CoTrainSource:
     def __init__(
         self, address: str, security: SecuritySettings, opening: generator_pb2.CoTrainOpen, device: torch.device
     ) -> None:
-        unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+        unlimited: list[tuple[str, int | str]] = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # Where the name means several generators, trainings are spread over them; each stays with its own.
+            ("grpc.lb_policy_name", "round_robin"),
+        ]
         credentials = call_credentials(address, security)
         self._channel = blocking_channel(address, credentials, unlimited)
         self._requests: queue.SimpleQueue[generator_pb2.CoTrainRequest | None] = queue.SimpleQueue()

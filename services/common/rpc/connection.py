@@ -9,7 +9,7 @@ from services.common.errors import FailedPreconditionError
 from services.common.rpc.tls import CallCredentials
 from services.common.security import SecuritySettings, is_loopback
 
-Options = Sequence[tuple[str, int]]
+Options = Sequence[tuple[str, int | str]]
 
 
 def call_credentials(address: str, settings: SecuritySettings) -> CallCredentials:

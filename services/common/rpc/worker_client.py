@@ -66,6 +66,7 @@ class WorkerClient:
         max_message_bytes: Largest message, received or sent.
         timeout_seconds: Deadline of short calls.
         watch_timeout_seconds: Deadline of one stream of events.
+        server_name: Name in its certificate; by default, the host of the address.
     """
 
     def __init__(
@@ -77,16 +78,18 @@ class WorkerClient:
         max_message_bytes: int,
         timeout_seconds: float,
         watch_timeout_seconds: float,
+        server_name: str = "",
     ) -> None:
         self._name = name
         self._address = address
         self._timeout = timeout_seconds
         self._watch_timeout = watch_timeout_seconds
+        named = [("grpc.ssl_target_name_override", server_name)] if server_name else []
         limits = (
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
         )
-        self._connection = Connection(address, security, [*_OPTIONS, *limits], watch_timeout_seconds)
+        self._connection = Connection(address, security, [*_OPTIONS, *limits, *named], watch_timeout_seconds)
 
     @property
     def _jobs(self) -> "jobs_pb2_grpc.JobServiceAsyncStub":
@@ -126,6 +129,17 @@ class WorkerClient:
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
         return response.job
+
+    async def active_jobs(self) -> int:
+        """Return how many jobs wait or run there."""
+        try:
+            response = await self._jobs.ListJobs(
+                jobs_pb2.ListJobsRequest(), timeout=self._timeout, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._as_error(error) from error
+        active = (jobs_pb2.JOB_STATE_QUEUED, jobs_pb2.JOB_STATE_RUNNING)
+        return sum(job.state in active for job in response.jobs)
 
     async def watch(self, job_id: str, run_id: str, sequence: int) -> AsyncGenerator[jobs_pb2.WatchJobResponse, None]:
         """Yield a job's events behind a number of a run; ends with the job, or before it when the time is up."""
