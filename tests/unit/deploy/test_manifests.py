@@ -6,12 +6,16 @@ No cluster is asked; the checks read the rendered objects.
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
+from services.common.metrics.jobs import JOBS_QUEUED, JOBS_RUNNING
+from services.generator.servicer import KINDS as GENERATOR_KINDS
+from services.quantizer.servicer import KINDS as QUANTIZER_KINDS
 from tests.support.deployment import JETSON, PROJECT, SERVICES, arguments, render, service_of, settings_class
 from tests.support.manifest_policies import POLICIES, Policy, no_host_paths
 from tests.support.manifests import Object, environment, image_name, of_kind, pods, reaches
@@ -23,6 +27,7 @@ KUBERNETES = ("1.31", "1.37")
 CUSTOM = {
     ("cert-manager.io/v1", "Certificate"),
     ("cert-manager.io/v1", "Issuer"),
+    ("keda.sh/v1alpha1", "ScaledObject"),
     ("monitoring.coreos.com/v1", "PodMonitor"),
 }
 _validated: set[str] = set()
@@ -185,6 +190,22 @@ def test_devices_in_the_cluster_are_dialled_by_names_of_their_service_and_certif
         assert (first, rest, port) == (f"{pod.name}-0", name.removeprefix("*."), "50053")
         assert rest.partition(".")[0] in of_kind(objects, "Service")
         assert pod.workload["spec"]["serviceName"] == rest.partition(".")[0]
+
+
+def test_autoscaling_asks_for_metrics_that_the_services_have() -> None:
+    objects = render("overlays/gpu")
+    known = {family.name for gauge in (JOBS_QUEUED, JOBS_RUNNING) for family in gauge.describe()}
+    scaled = of_kind(objects, "ScaledObject")
+    assert set(scaled) == {"granq-generator", "granq-quantizer"}
+    for item in scaled.values():
+        workload = of_kind(objects, "Deployment")[item["spec"]["scaleTargetRef"]["name"]]
+        assert "replicas" not in workload["spec"], "an apply would undo the scaling"
+        for trigger in item["spec"]["triggers"]:
+            query = trigger["metadata"]["query"]
+            assert set(re.findall(r"granq_\w+", query)) == known
+            kinds = {kind for group in re.findall(r'kind=~"([^"]+)"', query) for kind in group.split("|")}
+            assert kinds
+            assert kinds <= set(QUANTIZER_KINDS) | set(GENERATOR_KINDS)
 
 
 def broken(change: Callable[[Object, Object], Any]) -> list[Object]:
