@@ -8,10 +8,17 @@ from typing import Literal
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from services.common.tracing import current_ids
+
 get_logger = structlog.stdlib.get_logger
 # At the level DEBUG these log the requests that they send, with keys and session tokens.
 _TELL_TALES = ("aiobotocore", "aiohttp", "boto3", "botocore", "fsspec", "gcsfs", "google.auth", "s3fs", "urllib3")
 AUDIT_LOGGER = "granq.audit"
+
+
+def _add_trace(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.update(current_ids())
+    return event
 
 
 def configure_logging(
@@ -35,6 +42,7 @@ def configure_logging(
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         add_constants,
+        _add_trace,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

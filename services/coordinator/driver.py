@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from structlog.contextvars import bound_contextvars
 
 from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2, reports_pb2
+from services.common import tracing
 from services.common.errors import (
     FailedPreconditionError,
     GranqError,
@@ -78,7 +79,11 @@ class PipelineDriver:
         Returns:
             `CONTINUE` when the next stage may run, else why the workflow ends.
         """
-        with bound_contextvars(pipeline_id=pipeline_id, stage=NAMES[stage]):
+        trace = tracing.pipeline_trace(pipeline_id, attempt)
+        with (
+            bound_contextvars(pipeline_id=pipeline_id, stage=NAMES[stage]),
+            tracing.span(f"stage {NAMES[stage]}", trace, granq_pipeline_id=pipeline_id) as span,
+        ):
             began = time.monotonic()
             try:
                 outcome = await self._try_stage(pipeline_id, attempt, stage)
@@ -90,7 +95,8 @@ class PipelineDriver:
                 raise
             if outcome is not None:
                 seconds = time.monotonic() - began
-                STAGE_SECONDS.labels(NAMES[stage], outcome).observe(seconds, {"pipeline_id": pipeline_id})
+                STAGE_SECONDS.labels(NAMES[stage], outcome).observe(seconds, tracing.exemplar(pipeline_id=pipeline_id))
+                tracing.note_outcome(span, outcome)
             return FAILED if outcome == FAILED else CONTINUE
 
     async def _try_stage(self, pipeline_id: str, attempt: int, stage: int) -> str | None:

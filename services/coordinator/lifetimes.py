@@ -1,6 +1,8 @@
-"""Metrics of how long pipelines wait and live; told by `transitions` once the change is committed."""
+"""Metrics and traces of how long pipelines wait and live; told by `transitions` once the change is committed."""
 
 from prometheus_client import Histogram
+
+from services.common import tracing
 
 _BUCKETS = (1, 10, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 24 * 3600, 7 * 24 * 3600)
 PIPELINE_WAIT_SECONDS = Histogram(
@@ -22,7 +24,10 @@ def observe_wait(create_us: int, now_us: int) -> None:
     PIPELINE_WAIT_SECONDS.observe(max(0, now_us - create_us) / 1e6)
 
 
-def observe_end(pipeline_id: str, outcome: str, create_us: int, now_us: int) -> None:
+def observe_end(pipeline_id: str, attempt: int, outcome: str, create_us: int, now_us: int) -> None:
     """Note that a pipeline ended as succeeded, failed or cancelled; its id goes with the value as an exemplar."""
-    seconds = max(0, now_us - create_us) / 1e6
-    PIPELINE_SECONDS.labels(outcome).observe(seconds, {"pipeline_id": pipeline_id})
+    exemplar = {"pipeline_id": pipeline_id}
+    if tracing.enabled():
+        exemplar["trace_id"] = tracing.pipeline_trace(pipeline_id, attempt)["traceparent"].split("-")[1]
+    PIPELINE_SECONDS.labels(outcome).observe(max(0, now_us - create_us) / 1e6, exemplar)
+    tracing.record_pipeline(pipeline_id, attempt, outcome, create_us, now_us)

@@ -9,6 +9,7 @@ from granq.v1 import coordinator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import GranqError, InvalidArgumentError, NotFoundError
 from services.common.logs import get_logger
+from services.common.tracing import link_pipeline
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import WorkflowEngine
 from services.coordinator.hub import EventHub
@@ -82,6 +83,7 @@ class PipelineManager:
         pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id, owner)
         if created:
             log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, client_request_id=request_id)
+            link_pipeline(pipeline.pipeline_id, 1)
             # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
             await self._engine.start(pipeline.pipeline_id, 1)
         return pipeline

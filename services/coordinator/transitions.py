@@ -181,7 +181,7 @@ class Transitions:
                 add_event(session, row)
             created = row.create_time
         if last:
-            observe_end(pipeline_id, "succeeded", created, now_us())
+            observe_end(pipeline_id, attempt, "succeeded", created, now_us())
 
     def fail(self, pipeline_id: str, attempt: int, failure: common_pb2.Failure) -> None:
         """Make the pipeline FAILED.
@@ -194,7 +194,7 @@ class Transitions:
             row.failure = failure.SerializeToString()
             created = row.create_time
             add_event(session, row, failure=failure)
-        observe_end(pipeline_id, "failed", created, now_us())
+        observe_end(pipeline_id, attempt, "failed", created, now_us())
 
     def request_cancel(self, pipeline_id: str) -> bool:
         """Make a queued or running pipeline CANCELLING.
@@ -216,15 +216,15 @@ class Transitions:
 
     def finish_cancel(self, pipeline_id: str) -> None:
         """Make a CANCELLING pipeline CANCELLED; nothing happens in another state or when it is gone."""
-        created: int | None = None
+        ended: tuple[int, int] | None = None
         with Session(self._engine) as session, session.begin():
             row = session.get(PipelineRow, pipeline_id, with_for_update=True)
             if row is not None and row.state == State.PIPELINE_STATE_CANCELLING:
                 row.state, row.end_time = State.PIPELINE_STATE_CANCELLED, now_us()
-                created = row.create_time
+                ended = row.attempt, row.create_time
                 add_event(session, row)
-        if created is not None:
-            observe_end(pipeline_id, "cancelled", created, now_us())
+        if ended is not None:
+            observe_end(pipeline_id, ended[0], "cancelled", ended[1], now_us())
         self._changed(pipeline_id)
 
     def retry(self, pipeline_id: str, executor_id: str) -> int:

@@ -17,6 +17,7 @@ from services.common.rpc.connection import blocking_channel, call_credentials
 from services.common.rpc.status import status_to_error
 from services.common.security import SecuritySettings
 from services.common.tensors import fill_tensor, from_tensor
+from services.common.tracing import outgoing
 from services.quantizer.batches import Batch
 
 CONNECT_SECONDS = 20.0
@@ -65,7 +66,8 @@ class CoTrainSource:
             ) from None
         self._requests.put(generator_pb2.CoTrainRequest(open=opening))
         stub = generator_pb2_grpc.GeneratorServiceStub(self._channel)
-        self._call = stub.CoTrain(self._outgoing(), metadata=credentials.metadata())
+        metadata = (*credentials.metadata(), *outgoing())
+        self._call = stub.CoTrain(self._outgoing(), metadata=metadata)
         self._responses: Iterator[generator_pb2.CoTrainResponse] = iter(self._call)
 
     def _outgoing(self) -> Iterator[generator_pb2.CoTrainRequest]:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, BinaryIO
 
 from granq.v1 import jobs_pb2
+from services.common import tracing
 from services.common.artifacts import ArtifactStore
 from services.common.errors import CancelledError, InternalError, to_failure
 from services.common.jobs import wire
@@ -77,6 +78,32 @@ def listen(inlet: BinaryIO, cancelled: threading.Event) -> None:
     os._exit(1)
 
 
+def _run(
+    start: StartFrame, request: bytes, settings: ServerSettings, outlet: Outlet, cancelled: threading.Event
+) -> jobs_pb2.JobResult:
+    context = JobContext(
+        start.job_id,
+        start.pipeline_id,
+        ArtifactStore(settings.artifact_url, settings.cache_dir, settings),
+        settings,
+        get_logger("services.common.jobs").bind(job_id=start.job_id, pipeline_id=start.pipeline_id),
+        lambda progress: outlet.send(Frame.PROGRESS, progress.SerializeToString()),
+        cancelled,
+        partial(limited_reading, settings, lambda field: outlet.send(Frame.READING, field.encode())),
+    )
+    message = resolve(start.request).FromString(request)
+    function: Callable[[Any, JobContext], object] = resolve(start.function)
+    context.check_cancelled()
+    try:
+        result = function(message, context)
+    finally:
+        context.end_phase()
+    if not isinstance(result, jobs_pb2.JobResult):
+        raise InternalError(f"{start.function} returned {type(result).__name__}, not a JobResult")
+    context.flush()
+    return result
+
+
 def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.Event) -> None:
     """Run the job function and send how it ended."""
     log = get_logger("services.common.jobs")
@@ -85,23 +112,9 @@ def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.
         settings = settings_class.model_validate_json(start.settings_json)
         fields = {"job_id": start.job_id, "pipeline_id": start.pipeline_id, "job_kind": start.kind}
         configure_logging(settings.log_format, settings.log_level, fields)
-        context = JobContext(
-            start.job_id,
-            start.pipeline_id,
-            ArtifactStore(settings.artifact_url, settings.cache_dir, settings),
-            settings,
-            log.bind(job_id=start.job_id, pipeline_id=start.pipeline_id),
-            lambda progress: outlet.send(Frame.PROGRESS, progress.SerializeToString()),
-            cancelled,
-            partial(limited_reading, settings, lambda field: outlet.send(Frame.READING, field.encode())),
-        )
-        message = resolve(start.request).FromString(request)
-        function: Callable[[Any, JobContext], object] = resolve(start.function)
-        context.check_cancelled()
-        result = function(message, context)
-        if not isinstance(result, jobs_pb2.JobResult):
-            raise InternalError(f"{start.function} returned {type(result).__name__}, not a JobResult")
-        context.flush()
+        tracing.take_over(start.trace)
+        with tracing.span(f"run {start.kind}", start.trace, granq_job_id=start.job_id):
+            result = _run(start, request, settings, outlet, cancelled)
     except CancelledError:
         log.info("job stopped on request")
         outlet.send(Frame.FAILURE, to_failure(CancelledError("the job was asked to stop")).SerializeToString())
@@ -136,6 +149,7 @@ def main() -> None:
         os._exit(1)
     threading.Thread(target=listen, args=(inlet, cancelled), daemon=True, name="server").start()
     run(StartFrame.model_validate_json(first[1]), second[1], outlet, cancelled)
+    tracing.shutdown_tracing()
     sys.stdout.flush()
     sys.stderr.flush()
     # The job has told its end; threads that it left behind must not hold the process.

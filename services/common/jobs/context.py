@@ -13,6 +13,7 @@ from services.common.artifacts import ArtifactStore
 from services.common.errors import CancelledError
 from services.common.jobs.reading import Reading
 from services.common.settings import ServerSettings
+from services.common.tracing import Phases
 
 REPORT_SECONDS = 0.2
 """Least time between two reports of one phase."""
@@ -59,6 +60,7 @@ class JobContext:
         self.limits = limits
         self._lock = threading.Lock()
         self._phase: str | None = None
+        self._spans = Phases()
         self._sent_at = 0.0
         self._pending: tuple[str, int, int, dict[str, SupportsFloat]] | None = None
 
@@ -81,11 +83,16 @@ class JobContext:
             new_phase = phase != self._phase
             if new_phase:
                 self._flush()
+                self._spans.enter(phase)
             self._phase = phase
             self._pending = (phase, step, total, metrics)
             if new_phase or (total and step >= total) or now - self._sent_at >= REPORT_SECONDS:
                 self._sent_at = now
                 self._flush()
+
+    def end_phase(self) -> None:
+        """End the span of the last phase, where the job is traced."""
+        self._spans.end()
 
     def flush(self) -> None:
         """Tell the report that was held back, if any."""

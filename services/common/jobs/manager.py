@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from google.protobuf.message import Message
 
 from granq.v1 import jobs_pb2
-from services.common import metrics
+from services.common import metrics, tracing
 from services.common.artifacts import ArtifactStore
 from services.common.errors import (
     CancelledError,
@@ -98,7 +98,7 @@ class JobManager:
             self._runs.pop(key.job_id, None)
             run = self._runs[key.job_id] = Run(kind, key, digest)
             active = self._active[run] = _Active()
-            active.task = asyncio.create_task(self._execute(run, active, request), name=f"job {key.job_id}")
+            active.task = asyncio.create_task(self._traced(run, active, request), name=f"job {key.job_id}")
             self._forget_oldest()
             return run.snapshot()
 
@@ -202,6 +202,13 @@ class JobManager:
         if not taking.cancelled():
             self._slots.release()
         raise CancelledError("the job left the queue")
+
+    async def _traced(self, run: Run, active: _Active, request: Message) -> None:
+        # Below the RPC that started it, since a task begins with a copy of what is current where it is made.
+        ids = {"granq_job_id": run.job_id, "granq_pipeline_id": run.key.pipeline_id}
+        with tracing.span(f"job {run.kind}", **ids) as span:
+            await self._execute(run, active, request)
+            tracing.note_outcome(span, run.outcome)
 
     async def _execute(self, run: Run, active: _Active, request: Message) -> None:
         log = _log.bind(kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id, run_id=run.run_id)

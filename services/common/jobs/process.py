@@ -19,6 +19,7 @@ from services.common.jobs.reading import death_while_reading
 from services.common.jobs.wire import ENDS, Frame, StartFrame
 from services.common.metrics import add_sums
 from services.common.settings import ServerSettings
+from services.common.tracing import handover
 
 _TAIL_BYTES = 16 * 1024
 _CHUNK = 64 * 1024
@@ -108,6 +109,7 @@ class JobProcess:
             request=dotted(type(request)),
             settings=dotted(type(settings)),
             settings_json=settings.model_dump_json(),
+            trace=handover(),
         )
         scratch: TemporaryDirectory[str] | None = None
         try:

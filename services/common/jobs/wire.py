@@ -51,6 +51,8 @@ class StartFrame(BaseModel):
     """Dotted path of the settings' class."""
     settings_json: str
     """The settings, so that the process need not read the environment again."""
+    trace: dict[str, str] = {}
+    """What `tracing.handover` gave."""
 
 
 def encode(kind: Frame, payload: bytes = b"") -> bytes:

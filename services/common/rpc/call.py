@@ -18,6 +18,7 @@ from services.common.rpc import audit
 from services.common.rpc.rules import rule_of
 from services.common.rpc.status import DETAILS_KEY, status_code, to_status
 from services.common.rpc.validation import validate
+from services.common.tracing import begin_rpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -105,6 +106,7 @@ class Call:
     async def observed(self) -> AsyncIterator[None]:
         """Around the handler: turn what it raises into a status, then count and log the end."""
         began = self.figures.begin()
+        span = None if self.method.startswith(_QUIET) else begin_rpc(self.method, self._context.invocation_metadata())
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=self.request_id)
         try:
@@ -127,7 +129,8 @@ class Call:
                 _log.warning("rpc refused", method=self.method, code=self.code.name, error=str(error))
             await self._context.abort(self.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))
         finally:
-            seconds = self.figures.end(began, self.code.name, None)
+            exemplar = None if span is None else span.end(self.code.name)
+            seconds = self.figures.end(began, self.code.name, exemplar)
             log = _log.debug if self.method.startswith(_QUIET) else _log.info
             if self.rule.mutates:
                 audit.record(self._principal, self.method, self._target, self.code, self._peer)

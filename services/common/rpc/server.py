@@ -25,6 +25,7 @@ from services.common.rpc.interceptors import CallInterceptor
 from services.common.rpc.ready import write_ready_file
 from services.common.rpc.tls import server_credentials
 from services.common.settings import ServerSettings
+from services.common.tracing import configure_tracing, shutdown_tracing
 
 _log = get_logger("services.common.rpc")
 _PLAIN_HANDLER_THREADS = 4
@@ -240,7 +241,10 @@ def run(name: str, settings: ServerSettings, create_server: Callable[[Any], Grpc
         await create_server(settings).run()
 
     try:
+        configure_tracing(name)
         asyncio.run(serve())
     except GranqError as error:
         _log.error("server cannot start", service=name, reason=error.reason, error=error.message)
         sys.exit(1)
+    finally:
+        shutdown_tracing()

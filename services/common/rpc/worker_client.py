@@ -21,6 +21,7 @@ from services.common.logs import get_logger
 from services.common.rpc.connection import Connection
 from services.common.rpc.status import status_to_error
 from services.common.security import SecuritySettings
+from services.common.tracing import outgoing
 
 _log = get_logger("services.common.rpc")
 _OPTIONS = (
@@ -103,7 +104,7 @@ class WorkerClient:
         """Send a Start… request and return the job."""
         call = _STARTS[type(request)](self._connection.channel())
         try:
-            response = await call(request, timeout=self._timeout, metadata=self._metadata)
+            response = await call(request, timeout=self._timeout, metadata=(*self._metadata, *outgoing()))
         except grpc.aio.AioRpcError as error:
             raise self._as_error(error) from error
         job: jobs_pb2.Job = response.job
