@@ -32,6 +32,9 @@ MEASURED_INT8 = Gauge(
 DEVICE_REGISTERED = Gauge(
     "granq_device_registered", "1 while this evaluator has a lease in a coordinator's pool of devices, else 0."
 )
+for _runtime in ("tensorrt", "tensorrt_rtx"):
+    # From the start, so that the first build shows as an increase.
+    BUILD_SECONDS.labels(_runtime)
 
 
 def observe(result: jobs_pb2.JobResult) -> None:

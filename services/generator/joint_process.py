@@ -14,7 +14,6 @@ from functools import partial
 from typing import BinaryIO
 
 from granq.v1 import generator_pb2
-from services.common import tracing
 from services.common.artifacts import ArtifactStore
 from services.common.errors import GranqError, InvalidArgumentError, to_failure
 from services.common.jobs import wire
@@ -106,9 +105,7 @@ def main() -> None:
     configure_logging(settings.log_format, settings.log_level, fields)
     log = get_logger("services.generator").bind(job_id=start.job_id, pipeline_id=start.pipeline_id)
     try:
-        tracing.take_over(start.trace)
-        with tracing.span("run co_train", start.trace, granq_job_id=start.job_id):
-            serve(generator_pb2.CoTrainOpen.FromString(second[1]), settings, Inbox(inlet), outlet)
+        serve(generator_pb2.CoTrainOpen.FromString(second[1]), settings, Inbox(inlet), outlet)
     except BrokenPipeError:
         # The server took the stream down; nobody is left to be told.
         log.info("joint training ended by the server")
@@ -118,7 +115,6 @@ def main() -> None:
         else:
             log.exception("joint training failed")
         wire.write(outlet, Frame.FAILURE, to_failure(error).SerializeToString())
-    tracing.shutdown_tracing()
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of the pipe and of torch must not hold the process.

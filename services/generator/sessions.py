@@ -15,7 +15,6 @@ from services.common.jobs.reading import death_while_reading
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
 from services.common.metrics import CHILDREN
-from services.common.tracing import handover
 from services.generator.pipes import FramePipes
 from services.generator.settings import GeneratorSettings
 
@@ -53,7 +52,6 @@ class JointSession:
             request="",
             settings="",
             settings_json=settings.model_dump_json(),
-            trace=handover(),
         )
         pipes: FramePipes | None = None
         try:

@@ -63,8 +63,7 @@ class JobManager:
         self._settings = settings
         self._kinds = dict(kinds)
         for kind in kinds:
-            # From the start, so that the first death shows as an increase.
-            metrics.JOB_DEATHS.labels(kind)
+            metrics.show_jobs(kind)
         self._kill_after = kill_after
         self._on_success = on_success
         self._records = JobRecords(store)

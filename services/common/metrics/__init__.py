@@ -16,6 +16,7 @@ from services.common.metrics.jobs import (
     JOBS_QUEUED,
     JOBS_RUNNING,
     QUEUE_AGES,
+    show_jobs,
 )
 from services.common.metrics.relay import Sums, add_sums, sums_since, take_sums
 from services.common.metrics.rpc import MethodMetrics, count_unknown_method
@@ -42,6 +43,7 @@ __all__ = [
     "count_unknown_method",
     "show_build",
     "show_gpus",
+    "show_jobs",
     "sums_since",
     "take_sums",
 ]

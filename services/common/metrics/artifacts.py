@@ -15,8 +15,11 @@ ARTIFACT_ERRORS = Counter(
 
 OPERATIONS = ("open", "read", "write", "flush", "publish", "stat", "replace", "delete", "list")
 for _operation in OPERATIONS:
-    # From the start, so that the first failure shows as an increase.
-    ARTIFACT_ERRORS.labels(_operation)
+    # From the start, so that the first one shows as an increase.
+    for _counter in (ARTIFACT_OPERATIONS, ARTIFACT_SECONDS, ARTIFACT_ERRORS):
+        _counter.labels(_operation)
+for _direction in ("write", "read"):
+    ARTIFACT_BYTES.labels(_direction)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from services.common.metrics.children import JOB_CPU_SECONDS
+
 JOBS = Counter("granq_jobs", "Runs of jobs that ended.", ["kind", "outcome"])
 JOB_SECONDS = Histogram(
     "granq_job_duration_seconds",
@@ -27,6 +29,16 @@ JOBS_QUEUED = Gauge("granq_jobs_queued", "Jobs that wait for a free slot.", ["ki
 JOB_DEATHS = Counter(
     "granq_job_process_deaths", "Processes of jobs that a signal ended, or that left without a word.", ["kind"]
 )
+
+
+def show_jobs(kind: str) -> None:
+    """Show the series of a kind of jobs from now on, so that the first of each shows as an increase."""
+    JOB_DEATHS.labels(kind)
+    JOB_WAIT_SECONDS.labels(kind)
+    JOB_CPU_SECONDS.labels(kind)
+    for outcome in ("succeeded", "failed"):
+        JOBS.labels(kind, outcome)
+        JOB_SECONDS.labels(kind, outcome)
 
 
 class QueueAges(Collector):
