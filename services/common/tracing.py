@@ -145,7 +145,11 @@ def pipeline_trace(pipeline_id: str, attempt: int) -> dict[str, str]:
 def record_pipeline(pipeline_id: str, attempt: int, outcome: str, begin_us: int, end_us: int) -> None:
     """Export the root span of a pipeline that has ended. Times are in microseconds since the epoch."""
     if _tracer is not None:
-        attributes = {"granq.pipeline.id": pipeline_id, "granq.attempt": attempt, "granq.outcome": outcome}
+        attributes: dict[str, str | int] = {
+            "granq.pipeline.id": pipeline_id,
+            "granq.attempt": attempt,
+            "granq.outcome": outcome,
+        }
         _tracer.record_root(
             "pipeline", pipeline_trace(pipeline_id, attempt), attributes, begin_us * 1000, end_us * 1000
         )

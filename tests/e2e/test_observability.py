@@ -14,6 +14,8 @@ from tests.support.dashboards import Query, queries
 from tests.support.observed import Observed, observed
 from tests.support.prometheus import Rule, rules
 
+# On a quiet machine the fixture takes half a minute; on a loaded one many times that.
+pytestmark = pytest.mark.timeout(900)
 SECONDS = 40.0
 WINDOW = "15s"
 

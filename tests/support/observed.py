@@ -70,6 +70,6 @@ def observed(folder: Path) -> Iterator[Observed]:
         spec = tiny_spec(client, folder)
         spec.engines.extend(target.engine for target in targets.load_all(["rtx-ada"]))
         pipeline_id = client.submit(spec).pipeline_id
-        for _ in client.watch(pipeline_id, timeout=240):
+        for _ in client.watch(pipeline_id, timeout=600):
             pass
         yield Observed(servers, asked, spans, client.get(pipeline_id), begin)

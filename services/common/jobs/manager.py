@@ -204,8 +204,8 @@ class JobManager:
 
     async def _traced(self, run: Run, active: _Active, request: Message) -> None:
         # Below the RPC that started it, since a task begins with a copy of what is current where it is made.
-        ids = {"granq_job_id": run.job_id, "granq_pipeline_id": run.key.pipeline_id}
-        with tracing.span(f"job {run.kind}", **ids) as span:
+        pipeline_id = run.key.pipeline_id
+        with tracing.span(f"job {run.kind}", granq_job_id=run.job_id, granq_pipeline_id=pipeline_id) as span:
             await self._execute(run, active, request)
             tracing.note_outcome(span, run.outcome)
 
