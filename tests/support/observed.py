@@ -27,7 +27,7 @@ class Observed:
 
     Attributes:
         servers: By name.
-        prometheus: Which scrapes them each second.
+        prometheus: Which scrapes them twice a second.
         spans: Takes their traces.
         pipeline: As it ended.
         begin: When it was submitted, in seconds since the epoch.
@@ -60,7 +60,7 @@ def observed(folder: Path) -> Iterator[Observed]:
         addresses = {f"{name}_address": server.address for name, server in servers.items()}
         start("coordinator", database_url=f"sqlite:///{folder / 'coordinator.sqlite'}", **addresses)
         scraped = {name: f"127.0.0.1:{server.metrics_port}" for name, server in servers.items()}
-        asked = stack.enter_context(prometheus(folder, scraped, "1s"))
+        asked = stack.enter_context(prometheus(folder, scraped, "500ms"))
         begin = time.time()
         deadline = time.monotonic() + SCRAPE_SECONDS
         while len(asked.query("up == 1")) < len(servers):
