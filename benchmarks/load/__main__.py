@@ -96,5 +96,29 @@ def artifacts_command(
     artifacts.measure(folder, megabytes, rounds, Table(out, "Transfers of artifacts", artifacts.COLUMNS, notes).add)
 
 
+@app.command("submit")
+def submit_command(
+    database: Annotated[list[str] | None, typer.Option(help="sqlite or postgresql; repeatable.")] = None,
+    queued: Annotated[int, typer.Option(help="Pipelines in the queue.")] = 1000,
+    watchers: Annotated[int, typer.Option(help="Streams of events.")] = 200,
+    clients: Annotated[int, typer.Option(help="Connections that submit.")] = 50,
+    submits: Annotated[int, typer.Option(help="Pipelines of each later phase.")] = 500,
+    out: Out = None,
+) -> None:
+    """A coordinator with a long queue, many watchers and many clients that submit."""
+    from benchmarks.load import submit
+
+    notes = [
+        f"{clients} clients; {queued} pipelines queued first, then {submits} more in each phase; every tenth call "
+        "repeats the one before with the same request id.",
+        "No worker runs; PostgreSQL has fsync off. The clients share the machine with the coordinator, and others with "
+        "both.",
+        "Without a pause, latency is clients over throughput: the rate is the figure to read there.",
+    ]
+    table = Table(out, "A coordinator under load", submit.COLUMNS, notes)
+    for name in database or ["sqlite", "postgresql"]:
+        submit.measure(name, queued, watchers, clients, submits, table.add)
+
+
 if __name__ == "__main__":
     app()
