@@ -244,7 +244,7 @@ def test_links_in_a_folder_may_not_leave_the_root(tmp_path: Path, link: str) -> 
 
 
 def test_missing_root_is_the_operators_fault(tmp_path: Path) -> None:
-    with pytest.raises(FailedPreconditionError, match="configure"):
+    with pytest.raises(FailedPreconditionError, match="GRANQ_DATASET_ROOT"):
         opened(tmp_path / "nowhere", "set", FOLDER)
 
 
