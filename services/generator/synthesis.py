@@ -102,6 +102,7 @@ class Synthesizer:
         self._device = device
         self.num_classes = num_classes
         self._teacher = teacher.eval().requires_grad_(False).to(device)
+        self._teacher.to(memory_format=torch.channels_last)
         self._statistics = BatchNormStatistics(self._teacher)
         # The weights are drawn on the CPU from the seed alone, without a trace in the process's own random state.
         with torch.random.fork_rng(devices=[]):

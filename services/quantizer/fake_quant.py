@@ -19,6 +19,7 @@ Example, one group at 2 bits: x = (0, 1, 2, 3) has lo = 0, hi = 3, scale S = 3/3
 round(x − 2) = (−2, −1, 0, 1), and (q + Z)/S gives x back exactly.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ def weight_dims(rank: int, granularity: WeightGranularity) -> tuple[int, ...]:
     return tuple(range(1, rank))
 
 
+def _alone(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    return lo, hi
+
+
 class DynamicActivation(nn.Module):
     """Fake quantization of an activation by the range of the tensor at hand, N×C×H×W or N×F, same shape out.
 
@@ -123,6 +128,7 @@ class DynamicActivation(nn.Module):
         self.bits = bits
         self.granularity = granularity
         self.tracking = True
+        self.agree: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _alone  # where others see parts of the batch
         shape = (channels,) if granularity is ActivationGranularity.PER_CHANNEL else ()
         self.register_buffer("lo", torch.zeros(shape))
         self.register_buffer("hi", torch.zeros(shape))
@@ -134,7 +140,7 @@ class DynamicActivation(nn.Module):
         if self.granularity is ActivationGranularity.PER_SAMPLE_CHANNEL:
             return fake_quantize(x, dims, self.bits)
         if self.tracking:
-            lo, hi = group_range(x.detach(), dims)
+            lo, hi = self.agree(*group_range(x.detach(), dims))
             self.lo.mul_(self.BETA).add_(lo.view(self.lo.shape), alpha=1 - self.BETA)
             self.hi.mul_(self.BETA).add_(hi.view(self.hi.shape), alpha=1 - self.BETA)
             self.steps += 1

@@ -180,7 +180,7 @@ class IntegerLayer(nn.Module):
 
     def _quantize(self, layer: QuantizedLayer, log_step: Tensor) -> None:
         step = torch.exp(log_step)
-        self.register_buffer("codes", layer.weight_codes(log_step).detach().to(torch.int8))
+        self.register_buffer("codes", layer.weight_codes(log_step).detach().to(torch.int8).contiguous())
         self.register_buffer("bias", torch.round(layer.bias.detach() / step))
         self.register_buffer("factor", step if isinstance(layer, QuantizedLinear) else step.view(1, -1, 1, 1))
 

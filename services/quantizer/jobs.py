@@ -21,6 +21,7 @@ from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.generator_client import CoTrainSource, opening
 from services.quantizer.integer import float_operations, integer_layers, is_exact, packed_bytes, to_integer
 from services.quantizer.onnx_export import OPSET, export_float, export_trt
+from services.quantizer.rank_process import device_of, further_ranks
 from services.quantizer.settings import QuantizerSettings
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits, stop_tracking
 from services.quantizer.training import Progress, Trainer
@@ -28,7 +29,7 @@ from services.quantizer.training import Progress, Trainer
 _ONNX = "application/onnx"
 
 
-def _prepare(settings: QuantizerSettings) -> torch.device:
+def prepare(settings: QuantizerSettings) -> torch.device:
     """Set PyTorch up so that a run can be repeated bit for bit, and return the device to compute on."""
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
@@ -46,7 +47,7 @@ def _prepare(settings: QuantizerSettings) -> torch.device:
 
 def inspect(request: quantizer_pb2.StartInspectRequest, context: JobContext) -> jobs_pb2.JobResult:
     """Read a model, try the quantization on its graph, and return the model's summary."""
-    _prepare(context.settings)
+    prepare(context.settings)
     context.report("loading")
     with context.reading("model.artifact", request.model.artifact):
         model = load_model(request.model, context.store)
@@ -59,7 +60,7 @@ def inspect(request: quantizer_pb2.StartInspectRequest, context: JobContext) -> 
 def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -> jobs_pb2.JobResult:
     """Calibrate and train a student, from the last checkpoint if there is one, and store it."""
     started = time.monotonic()
-    device = _prepare(context.settings)
+    device = device_of(0, context.settings.ranks, prepare(context.settings))
     quantization = Quantization.from_proto(request.quantization)
     training = Training.from_proto(request.training).for_family(quantization)
     losses = GeneratorLosses.from_proto(request.generator)
@@ -87,7 +88,8 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
         trainer = Trainer(student, training, losses, source, teacher if training.feature_weight else None, flat)
         if checkpoint.tensors:
             trainer.load_state(checkpoint.tensors, checkpoint.iteration)
-        _train(trainer, context, lambda: checkpoint.seconds + time.monotonic() - started, checkpoint.before)
+        with further_ranks(trainer, request, context, device):
+            _train(trainer, context, lambda: checkpoint.seconds + time.monotonic() - started, checkpoint.before)
     except FloatingPointError as error:
         raise InternalError(f"training diverged: {error}", reason="TRAINING_DIVERGED") from error
     finally:
@@ -163,7 +165,7 @@ def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float], 
 
 def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -> jobs_pb2.JobResult:
     """Measure the fake-quantized student on a labelled set."""
-    device = _prepare(context.settings)
+    device = prepare(context.settings)
     context.report("loading")
     model, student, _ = _load_quantized(request.model, request.quantized_model.digest, context)
     student.to(device)
@@ -203,7 +205,7 @@ def _load_quantized(
 
 def export(request: quantizer_pb2.StartExportRequest, context: JobContext) -> jobs_pb2.JobResult:
     """Write the two quantized ONNX files, the device package that holds them, and the float ONNX file."""
-    _prepare(context.settings)
+    prepare(context.settings)
     context.report("loading", 0, 5)
     model, student, quantization = _load_quantized(request.model, request.quantized_model.digest, context)
     if not quantization.deployable:

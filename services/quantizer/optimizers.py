@@ -70,5 +70,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             continue
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        device = "cpu" if name == "step" else parameter.device
-        optimizer.state[parameter][name] = value.to(device, copy=True)
+        # As the optimizer makes them: on the device and in the memory format of the parameter.
+        like = torch.empty_like(value, device="cpu") if name == "step" else torch.empty_like(parameter)
+        optimizer.state[parameter][name] = like.copy_(value)

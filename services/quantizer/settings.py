@@ -26,3 +26,10 @@ class QuantizerSettings(ServerSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="Where jobs compute; auto takes CUDA if present.",
     )
+    ranks: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that train a student together, each on its part of a batch and on a GPU of its own; on "
+        "a CPU they share its cores.",
+    )

@@ -75,7 +75,7 @@ def build_student(
     for module in student.modules():
         if isinstance(module, BATCH_NORM_TYPES):
             module.eval()
-    return student
+    return student.to(memory_format=torch.channels_last)  # what convolutions are fastest in
 
 
 def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range: tuple[Tensor, Tensor] | None) -> None:
@@ -225,7 +225,7 @@ def no_grad_copy(model: fx.GraphModule) -> fx.GraphModule:
     """Return a copy in evaluation mode whose parameters need no gradient (a teacher)."""
     teacher = copy.deepcopy(model).eval()
     teacher.requires_grad_(False)
-    return teacher
+    return teacher.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

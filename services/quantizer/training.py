@@ -13,18 +13,20 @@ This is the same arithmetic as the published sequence, because the generator's s
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from services.quantizer.batches import BatchSource
+from services.quantizer.batches import Batch, BatchSource
 from services.quantizer.config import GeneratorLosses, Training
 from services.quantizer.curve import LossCurve
+from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.features import FeatureLoss
 from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.losses import generator_loss, student_loss
 from services.quantizer.optimizers import load_optimizer, optimizer_for, optimizer_tensors
+from services.quantizer.ranks import Ranks
 from services.quantizer.student import stop_tracking
 
 
@@ -79,6 +81,7 @@ class Trainer:
         self.losses = losses
         self.source = source
         self.iteration = 0
+        self._ranks = Ranks()
         self.curve = LossCurve(training.iterations)
         self._epoch = torch.zeros(2, dtype=torch.float64)  # sum and count of L_S in the last epoch
         self._optimizer = optimizer_for(student, training)
@@ -86,6 +89,13 @@ class Trainer:
         self._flat = flat
         self._latest: tuple[Tensor, Tensor] | None = None
         self._features = FeatureLoss(teacher, student) if teacher is not None else None
+
+    def join(self, ranks: Ranks) -> None:
+        """Train as one of ``ranks`` from now on; all of them must be in the same state."""
+        self._ranks = ranks
+        for module in self.student.modules():
+            if isinstance(module, DynamicActivation):
+                module.agree = ranks.extremes
 
     def rate(self, iteration: int) -> float:
         """Return the factor on the learning rates at ``iteration``, 0 to 1."""
@@ -103,12 +113,12 @@ class Trainer:
         """
         if self.iteration == self.training.warmup_iterations:
             stop_tracking(self.student)
-        batch = self.source.next(self.iteration)
+        batch = self._ranks.share(self._draw)
         learns = self.iteration >= self.training.warmup_iterations
-        images = batch.images.requires_grad_(self.source.wants_gradients)
-        if self._flat is not None:
-            images = self._flat(images, self.iteration)
-        logits = batch.logits.detach()
+        count = len(batch.images)
+        part = self._ranks.part(count)
+        images = batch.images[part].requires_grad_(self.source.wants_gradients)
+        logits = batch.logits[part].detach()
         if self._teacher is not None and learns:
             with torch.no_grad():
                 logits = self._teacher(images)
@@ -116,26 +126,38 @@ class Trainer:
         self._latest = student.detach(), logits
         generator = torch.zeros(())
         if self.source.wants_gradients:
+            # Of the whole batch, in whose least entropy the loss takes its measure.
             teacher = batch.logits.detach().requires_grad_()
-            leaf = student.detach().requires_grad_()
+            leaf = self._ranks.gather(student.detach(), count).requires_grad_()
             generator = generator_loss(teacher, leaf, batch.labels, self.losses)
             by_teacher, by_student = torch.autograd.grad(generator, (teacher, leaf))
-            (by_images,) = torch.autograd.grad(student, images, by_student, retain_graph=learns)
-            self.source.answer(self.iteration, by_images, by_teacher)
-        loss = student_loss(logits, student, self.training.temperature)
+            (by_images,) = torch.autograd.grad(student, images, by_student[part], retain_graph=learns)
+            self.source.answer(self.iteration, self._ranks.gather(by_images, count), by_teacher)
+        share = len(student) / count
+        loss = student_loss(logits, student, self.training.temperature) * share
         if learns:
             weight = self.training.feature_weight or 0.0
-            self._learn(loss if self._features is None else loss + weight * self._features())
+            self._learn(loss if self._features is None else loss + weight * share * self._features())
+        loss = loss.detach().clone()
+        self._ranks.add_up([loss])
         self.iteration += 1
         least = -(self.training.temperature**2) * math.log(student.shape[1])
-        return loss.detach() - least, generator.detach()
+        return loss - least, generator.detach()
+
+    def _draw(self) -> Batch:
+        batch = self.source.next(self.iteration)
+        if self._flat is None:
+            return batch
+        return replace(batch, images=self._flat(batch.images, self.iteration))
 
     def _learn(self, loss: Tensor) -> None:
         factor = self.rate(self.iteration)
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self._optimizer.zero_grad()
-        loss.backward(inputs=[p for group in self._optimizer.param_groups for p in group["params"]])
+        parameters: list[Tensor] = [p for group in self._optimizer.param_groups for p in group["params"]]
+        loss.backward(inputs=parameters)
+        self._ranks.add_up([p.grad for p in parameters if p.grad is not None])
         self._optimizer.step()
 
     def _agreement(self) -> float:

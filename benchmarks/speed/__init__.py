@@ -1,0 +1,1 @@
+"""Tables of speed: fake quantization, a training iteration, and how its cost grows."""

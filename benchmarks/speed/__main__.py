@@ -1,0 +1,80 @@
+"""Prints tables of speed. Each measures the baseline (``published.py``) and ours in turn, in one run.
+
+    python -m benchmarks.speed fake-quant --threads 1
+    python -m benchmarks.speed iteration --network resnet20 --batch 16
+    python -m benchmarks.speed growth
+
+A machine that others use too is better asked for the processor time of the one computing thread: ``--clock cpu``.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.results_table import Table
+from benchmarks.speed import fake_quant, iteration
+from benchmarks.speed.timing import clock_of
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Out = Annotated[Path | None, typer.Option(help="Markdown file to write, after each row.")]
+Runs = Annotated[int, typer.Option(help="Times that each variant is measured; medians are shown.")]
+Threads = Annotated[int, typer.Option(help="CPU threads.")]
+ClockName = Annotated[str, typer.Option("--clock", help="wall, or cpu: the time of the one computing thread.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
+CLOCKS = {"wall": "Wall time.", "cpu": "Processor time of the one computing thread, since others use the machine too."}
+
+
+def _prepare(threads: int, clock: str, device: str) -> tuple[torch.device, str]:
+    torch.set_num_threads(threads)
+    found = torch.device(device)
+    clock_of(clock, found)
+    name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"CPU, {threads} threads"
+    return found, f"{name}; PyTorch {torch.__version__}. {CLOCKS[clock]}"
+
+
+@app.command("fake-quant")
+def fake_quant_table(
+    runs: Runs = 15, threads: Threads = 1, clock: ClockName = "wall", device: Device = "cpu", out: Out = None
+) -> None:
+    """Fake quantization forward and backward, by shape, number type and granularity."""
+    where, note = _prepare(threads, clock, device)
+    table = Table(out, "Fake quantization, forward and backward", fake_quant.COLUMNS, (note, *fake_quant.NOTES))
+    for row in fake_quant.rows(runs, clock_of(clock, where), where):
+        table.add(*row)
+
+
+@app.command("iteration")
+def iteration_table(
+    network: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(iteration.NETWORKS)}; default: all.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images in an iteration.")] = 16,
+    runs: Runs = 7,
+    threads: Threads = 1,
+    clock: ClockName = "wall",
+    device: Device = "cpu",
+    memory: Annotated[bool, typer.Option(help="Also measure the peak of memory.")] = True,
+    out: Out = None,
+) -> None:
+    """An iteration of joint training in one process, generator included."""
+    where, note = _prepare(threads, clock, device)
+    table = Table(out, "Iteration of joint training", iteration.COLUMNS, (note, *iteration.NOTES))
+    for name in network or iteration.NETWORKS:
+        table.add(*iteration.row(name, batch, runs, clock_of(clock, where), where, memory=memory))
+
+
+@app.command("growth")
+def growth_table(
+    runs: Runs = 3, threads: Threads = 1, clock: ClockName = "wall", device: Device = "cpu", out: Out = None
+) -> None:
+    """How time and memory of an iteration grow with batch, image size and network."""
+    where, note = _prepare(threads, clock, device)
+    table = Table(out, "Growth of an iteration of joint training", iteration.GROWTH_COLUMNS, (note,))
+    for name, batch, side in iteration.GROWTH:
+        table.add(*iteration.growth_row(name, batch, side, runs, clock_of(clock, where), where))
+
+
+if __name__ == "__main__":
+    app()
