@@ -58,7 +58,7 @@ def draw(board: str, run: Observed, path: Path) -> None:
         axes.axis("off")
     for axes, ((row, title), asked) in zip(grid.flat, panels, strict=False):
         _draw(axes, f"{row}: {title}", asked, run, end)
-    figure.supxlabel("seconds since submission", fontsize=9)
+    figure.supxlabel("seconds since Prometheus began to ask", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

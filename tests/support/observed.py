@@ -30,7 +30,7 @@ class Observed:
         prometheus: Which scrapes them twice a second.
         spans: Takes their traces.
         pipeline: As it ended.
-        begin: When it was submitted, in seconds since the epoch.
+        begin: When Prometheus began to ask, shortly before the submission, in seconds since the epoch.
     """
 
     servers: dict[str, ServerProcess]
