@@ -12,16 +12,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from tests.support.dashboards import Query, queries
 from tests.support.observed import Observed, observed
 
 mpl.use("agg")
 _COLUMNS, _PANEL = 3, (5.0, 2.4)
+_NAMED = 8
 _WINDOW, _SETTLE_SECONDS = "15s", 5.0
 _PERCENT = "percentunit"
+
+
+def _largest(line: Line2D) -> float:
+    return float(np.max(np.asarray(line.get_ydata(), float)))
 
 
 def _draw(axes: Axes, title: str, asked: list[Query], run: Observed, end: float) -> None:
@@ -38,7 +45,10 @@ def _draw(axes: Axes, title: str, asked: list[Query], run: Observed, end: float)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=6, ncols=2, loc="upper left", framealpha=0.6)
+        # The largest lines are named; those that lie on zero would only hide them.
+        lines = sorted(axes.get_lines(), key=_largest, reverse=True)[:_NAMED]
+        legend = axes.legend(handles=lines, fontsize=6, ncols=2, loc="upper left", framealpha=0.6)
+        legend.set_in_layout(False)
 
 
 def draw(board: str, run: Observed, path: Path) -> None:
