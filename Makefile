@@ -16,7 +16,7 @@ CONTRACT := pyproject.toml hatch_build.py services/quantizer/kernels/cpu.cpp $(w
 DEMO_OUT ?= demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install install-dev demo test fuzz lock sbom audit lint types format protos images-check clean
+.PHONY: help venv install install-dev demo test fuzz chaos soak lock sbom audit lint types format protos images-check clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,14 @@ sbom: $(VENV)/.installed-dev ## List what is installed as sbom.json, with licenc
 
 audit: $(VENV)/.installed-dev ## Ask PyPI for known vulnerabilities of what is installed (needs uv and network)
 	$(BIN)/python tools/supply_chain.py audit
+
+chaos: $(VENV)/.installed-dev ## Pipelines while servers, connections, database and disk are broken; ARGS="--pipelines 20 --real 2"
+	@tools/apt.sh postgresql
+	PATH="$$PATH:$(POSTGRES_BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.run $(ARGS)
+
+soak: $(VENV)/.installed-dev ## Half an hour of small pipelines: fails if memory, files, threads or tables grow; ARGS="--minutes 10"
+	@tools/apt.sh postgresql
+	PATH="$$PATH:$(POSTGRES_BIN)" OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.run $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, import rules and the contract
 	$(BIN)/ruff check .

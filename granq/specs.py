@@ -4,6 +4,7 @@ What each value means, its range and its default stand in protos/granq/v1; a val
 server's default holds. The builders check names only; ranges are the server's to check.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
 
 from granq.v1 import artifacts_pb2, common_pb2, coordinator_pb2
@@ -235,8 +236,14 @@ def pipeline_spec(
     engines: Sequence[common_pb2.EngineTarget] = (),
     dataset: common_pb2.Dataset | None = None,
     display_name: str = "",
+    priority: int = 0,
+    max_seconds: float | None = None,
 ) -> coordinator_pb2.PipelineSpec:
-    """Put a pipeline together; ``quantization`` replaces the two bit widths when it is given."""
+    """Put a pipeline together; ``quantization`` replaces the two bit widths when it is given.
+
+    Of the pipelines that wait, those with a higher ``priority`` go first. One that has not ended ``max_seconds`` after
+    its submission fails.
+    """
     return coordinator_pb2.PipelineSpec(
         model=model,
         quantization=quantization or quantization_config(weight_bits, activation_bits),
@@ -245,4 +252,6 @@ def pipeline_spec(
         engines=engines,
         dataset=dataset,
         display_name=display_name,
+        priority=priority,
+        max_duration=None if max_seconds is None else datetime.timedelta(seconds=max_seconds),
     )

@@ -118,6 +118,12 @@ def quantize(
     request_id: Annotated[
         str, typer.Option(help="Repeats with this id return the first pipeline.", rich_help_panel=RESULT)
     ] = "",
+    priority: Annotated[
+        int, typer.Option(help="-100 to 100; of those that wait, the higher goes first.", rich_help_panel=RESULT)
+    ] = 0,
+    max_hours: Annotated[
+        float | None, typer.Option(help="Time after which the pipeline fails.", rich_help_panel=RESULT)
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Submit and return.", rich_help_panel=RESULT)] = False,
     address: Address = DEFAULT_ADDRESS,
     as_json: AsJson = False,
@@ -182,6 +188,8 @@ def quantize(
             engines=engines,
             dataset=labelled,
             display_name=name or (arch if model.startswith(DIGEST_PREFIX) else Path(model).name),
+            priority=priority,
+            max_seconds=None if max_hours is None else 3600 * max_hours,
         )
         spec = recipes.combine(base, given)
         pipeline = client.submit(spec, request_id=request_id)

@@ -54,6 +54,12 @@ class NotFoundError(GranqError):
     reason = "NOT_FOUND"
 
 
+class DeadlineExceededError(GranqError):
+    """The time that was given for the work is over."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
 class AlreadyExistsError(GranqError):
     """The chosen name belongs to something else."""
 
@@ -117,6 +123,7 @@ class InternalError(GranqError):
 CODES: dict[type[GranqError], int] = {
     CancelledError: 1,
     InvalidArgumentError: 3,
+    DeadlineExceededError: 4,
     NotFoundError: 5,
     AlreadyExistsError: 6,
     PermissionDeniedError: 7,
@@ -132,7 +139,6 @@ CODES: dict[type[GranqError], int] = {
 
 CLASSES: dict[int, type[GranqError]] = {
     **{code: cls for cls, code in CODES.items()},
-    4: UnavailableError,  # DEADLINE_EXCEEDED: the peer was too slow, and may answer next time.
     11: InvalidArgumentError,  # OUT_OF_RANGE
 }
 """Class for each number in google.rpc.Code; a number that is not listed means InternalError."""

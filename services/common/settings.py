@@ -61,6 +61,12 @@ class ServerSettings(SecuritySettings):
         ge=256 * MIB,
         description="Memory in bytes for a job to read a file from outside, beside six times the file's size.",
     )
+    lease_seconds: float = Field(
+        default=20.0,
+        ge=1,
+        le=3600,
+        description="Time after which another worker on the same store may run the job of one that gives no sign.",
+    )
     max_message_bytes: int = Field(
         default=64 * MIB, ge=4 * MIB, le=1024 * MIB, description="Largest message in bytes, received or sent."
     )

@@ -6,7 +6,8 @@ jobs attach by id, artifacts are named by their content, and writes of a lost at
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from sqlalchemy.exc import DBAPIError
 from structlog.contextvars import bound_contextvars
@@ -14,6 +15,7 @@ from structlog.contextvars import bound_contextvars
 from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2, reports_pb2
 from services.common import tracing
 from services.common.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     GranqError,
     InternalError,
@@ -28,11 +30,11 @@ from services.coordinator.engine import CONTINUE
 from services.coordinator.measurements import engine_rows, merge_evaluations, part_of
 from services.coordinator.metrics import FAILURES, STAGE_SECONDS, observe_evaluation, reason_label
 from services.coordinator.pipeline_jobs import PipelineJobs
-from services.coordinator.repository import Repository
+from services.coordinator.repository import Repository, Snapshot
 from services.coordinator.requests import NAMES, STAGES, JobCall, Stage, applies, needs_engine, stage_calls
 from services.coordinator.threads import Threads
 from services.coordinator.together import together
-from services.coordinator.transitions import SupersededError, Transitions
+from services.coordinator.transitions import SupersededError, Transitions, now_us
 
 SUPERSEDED = "superseded"
 FAILED = "failed"
@@ -111,7 +113,8 @@ class PipelineDriver:
             return None
         log.info("stage begins", attempt=attempt)
         try:
-            part = await self._work(pipeline, attempt, stage)
+            async with _until(snapshot):
+                part = await self._work(pipeline, attempt, stage)
             last = stage == STAGES[-1][0]
             await self._calls.insist(self._transitions.finish_stage, pipeline_id, attempt, stage, part, last=last)
         except (SupersededError, DBAPIError):
@@ -214,6 +217,29 @@ class PipelineDriver:
             log.warning("engine not measured", reason=error.reason, error=error.message)
             return to_failure(error)
         return _expect(result, "evaluation", call).evaluation
+
+
+def overdue(spec: coordinator_pb2.PipelineSpec) -> DeadlineExceededError:
+    """Return the error of a pipeline that did not end in time."""
+    return DeadlineExceededError(
+        f"the pipeline did not end within its max_duration of {spec.max_duration.ToSeconds()} s; retry it to go on for "
+        "as long again, or submit it with more time",
+        reason="PIPELINE_DEADLINE",
+        field="spec.max_duration",
+    )
+
+
+@asynccontextmanager
+async def _until(snapshot: Snapshot) -> AsyncIterator[None]:
+    """End what is within when the pipeline's time is up, with DeadlineExceededError."""
+    left = None if snapshot.deadline is None else (snapshot.deadline - now_us()) / 1e6
+    try:
+        async with asyncio.timeout(left) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise overdue(snapshot.pipeline.spec) from None
 
 
 def _expect(result: jobs_pb2.JobResult, kind: str, call: JobCall) -> jobs_pb2.JobResult:

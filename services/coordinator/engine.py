@@ -20,9 +20,12 @@ from typing import Any
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID, StepOptions
 from sqlalchemy import URL
 
+from services.common.slots import Place, Slots
+
 CONTINUE = "continue"
 """What a step returns when the workflow goes on with the next one; anything else ends the workflow."""
 
+PlaceOf = Callable[[str], Coroutine[Any, Any, Place]]
 RunStep = Callable[[str, int, int], Coroutine[Any, Any, str]]
 
 _LIVE = ("PENDING", "ENQUEUED", "DELAYED")
@@ -59,6 +62,7 @@ class WorkflowEngine:
         steps: Numbers and names of the steps, in order. The names are stored and must not change within a version.
         run_step: Called with pipeline id, attempt and step number; must bear being called again for the same step.
         max_running: Workflows that run at once.
+        place_of: Returns the place of a pipeline among those that wait to run.
     """
 
     def __init__(
@@ -70,10 +74,12 @@ class WorkflowEngine:
         steps: Sequence[tuple[int, str]],
         run_step: RunStep,
         max_running: int,
+        place_of: PlaceOf,
     ) -> None:
         self._steps = tuple(steps)
         self._run_step = run_step
-        self._slots = asyncio.Semaphore(max_running)
+        self._slots = Slots(max_running)
+        self._place_of = place_of
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._version = application_version
         # DBOS gives its logger a handler and a format of its own unless it has one; records shall go to the root.
@@ -115,7 +121,7 @@ class WorkflowEngine:
         if task is not None:
             self._tasks[name] = task
         try:
-            async with self._slots:
+            async with self._slots.hold(await self._place_of(pipeline_id)):
                 outcome = CONTINUE
                 for number, step in self._steps:
                     options = StepOptions(name=step)

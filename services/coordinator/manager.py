@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from granq.v1 import coordinator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
@@ -14,8 +14,9 @@ from services.coordinator.calls import DatabaseCalls
 from services.coordinator.engine import WorkflowEngine
 from services.coordinator.hub import EventHub
 from services.coordinator.repository import OpenJob, Position, Repository
+from services.coordinator.retention import forget_jobs
 from services.coordinator.transitions import Transitions
-from services.coordinator.validation import check_spec
+from services.coordinator.validation import check_spec, check_stored
 from services.coordinator.workers import RunningJobs
 
 DEFAULT_PAGE_SIZE = 50
@@ -38,6 +39,7 @@ class PipelineManager:
         store: Artifacts.
         executor_id: This coordinator.
         cancel_seconds: Longest wait for a worker to end a cancelled job.
+        deleted: Called after a pipeline was deleted.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class PipelineManager:
         store: ArtifactStore,
         executor_id: str,
         cancel_seconds: float,
+        deleted: Callable[[], None],
     ) -> None:
         self._repository = repository
         self._transitions = transitions
@@ -62,6 +65,7 @@ class PipelineManager:
         self._store = store
         self._executor_id = executor_id
         self._cancel_seconds = cancel_seconds
+        self._deleted = deleted
         self._cancellations: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._strays = asyncio.Lock()
 
@@ -82,6 +86,12 @@ class PipelineManager:
         await self._calls.call(check_spec, spec, self._store)
         pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id, owner)
         if created:
+            try:
+                # Once more, now that the pipeline keeps them: they may have been removed between the two.
+                await self._calls.call(check_stored, spec, self._store)
+            except GranqError:
+                await self._calls.call(self._repository.withdraw, pipeline.pipeline_id)
+                raise
             log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, client_request_id=request_id)
             link_pipeline(pipeline.pipeline_id, 1)
             # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
@@ -137,8 +147,8 @@ class PipelineManager:
         await self._calls.insist(self._transitions.finish_cancel, pipeline_id)
         log.info("pipeline cancelled", pipeline_id=pipeline_id)
 
-    async def _end_job(self, pipeline_id: str, job: OpenJob) -> None:
-        """Ask a job to end and wait until it did, but not for ever: a worker may be away."""
+    async def _end_job(self, pipeline_id: str, job: OpenJob) -> bool:
+        """Ask a job to end and wait until it did, but not for ever; return whether its worker was there."""
         try:
             async with asyncio.timeout(self._cancel_seconds):
                 current = await self._jobs.cancel(job.worker, job.job_id, self._cancel_seconds)
@@ -149,15 +159,18 @@ class PipelineManager:
             pass  # never started, or forgotten by a restarted worker: nothing runs
         except (GranqError, TimeoutError) as error:
             log.warning("job not seen to end", pipeline_id=pipeline_id, job_id=job.job_id, error=str(error))
-            return
+            return False
         await self._calls.call(self._repository.close_job, pipeline_id, job.job_id)
+        return True
 
     async def end_stray_jobs(self) -> None:
-        """Ask once more for the end of jobs whose pipeline was cancelled while their worker was away."""
-        for pipeline_id in await self._calls.call(self._repository.cancelled_with_jobs):
+        """Ask once more for the end of jobs whose pipeline was cancelled or failed while their worker was away."""
+        away: set[str] = set()
+        for pipeline_id in await self._calls.call(self._repository.ended_with_jobs):
             async with self._strays:  # a retry, which wants its jobs, forgets the rows only between two pipelines
                 for job in await self._calls.call(self._repository.open_jobs, pipeline_id):
-                    await self._end_job(pipeline_id, job)
+                    if job.worker not in away and not await self._end_job(pipeline_id, job):
+                        away.add(job.worker)
 
     async def retry(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
         """Continue a FAILED or CANCELLED pipeline at the stage that failed, and return it.
@@ -174,7 +187,7 @@ class PipelineManager:
         return pipeline
 
     async def delete(self, pipeline_id: str) -> None:
-        """Remove a pipeline that has ended.
+        """Remove a pipeline that has ended, and the records of its jobs; artifacts that only it named go later.
 
         Raises:
             NotFoundError: There is no such pipeline.
@@ -183,6 +196,8 @@ class PipelineManager:
         attempts = await self._calls.call(self._repository.delete, pipeline_id)
         self._hub.changed(pipeline_id)
         await self._engine.forget(pipeline_id, attempts)
+        await self._calls.call(forget_jobs, self._store, pipeline_id)
+        self._deleted()
 
     async def close(self) -> None:
         """Wait for cancellations that are under way; they are short."""

@@ -1,11 +1,14 @@
 """Runs the jobs of pipelines: gives each its place, follows it there, and notes it as long as it may run."""
 
 import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from granq.v1 import common_pb2, jobs_pb2
-from services.common.errors import GranqError, UnavailableError, to_failure
+from services.common.errors import GranqError, NotFoundError, UnavailableError, to_failure
 from services.common.logs import get_logger
+from services.common.slots import Slots
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.devices.pool import Placement, Wait
 from services.coordinator.devices.reach import DeviceLostError
@@ -42,6 +45,7 @@ class PipelineJobs:
         places: Where jobs run.
         running: Ends them.
         patience: Limits of retries.
+        pools: Jobs that may be at each configured worker at once; at one that is not listed, as many as come.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class PipelineJobs:
         places: Places,
         running: RunningJobs,
         patience: Patience,
+        pools: Mapping[str, int],
     ) -> None:
         self._repository = repository
         self._transitions = transitions
@@ -60,6 +65,7 @@ class PipelineJobs:
         self._places = places
         self._running = running
         self._patience = patience
+        self._pools = {worker: Slots(count) for worker, count in pools.items()}
 
     async def run(self, pipeline_id: str, attempt: int, call: JobCall, alone: asyncio.Lock) -> jobs_pb2.JobResult:
         """Return a job's result, wherever it ran; a job whose device is lost begins anew on another.
@@ -92,11 +98,20 @@ class PipelineJobs:
             try:
                 if placement.device_id:
                     return await self._run_at(pipeline_id, attempt, call, placement)
-                async with alone:
+                async with alone, self._slot(pipeline_id, call):
                     return await self._run_at(pipeline_id, attempt, call, placement)
             except DeviceLostError as error:
                 # Its claim stays until another device takes the job, so that nobody takes the job for one without.
                 await self._announce(pipeline_id, attempt, call, to_failure(error))
+
+    @asynccontextmanager
+    async def _slot(self, pipeline_id: str, call: JobCall) -> AsyncIterator[None]:
+        pool = self._pools.get(call.worker)
+        if pool is None:
+            yield
+            return
+        async with pool.hold(await self._calls.insist(self._repository.place, pipeline_id)):
+            yield
 
     async def _run_at(self, pipeline_id: str, attempt: int, call: JobCall, placement: Placement) -> jobs_pb2.JobResult:
         on_device = bool(placement.device_id)
@@ -143,10 +158,13 @@ class PipelineJobs:
             await self._places.release(call.job_id)
 
     async def stop(self, pipeline_id: str) -> None:
-        """Ask the jobs of a failed pipeline that may still run to end; a worker that is away is left alone."""
+        """Ask the jobs of a failed pipeline that may still run to end; the sweeper tells workers that are away now."""
         for job in await self._calls.insist(self._repository.open_jobs, pipeline_id):
             try:
                 await self._running.cancel(job.worker, job.job_id, _STOP_SECONDS)
+            except NotFoundError:
+                pass  # the worker was restarted and has forgotten it: nothing runs
             except GranqError as error:
                 log.info("job not cancelled", job_id=job.job_id, error=error.message)
+                continue
             await self._calls.insist(self._repository.close_job, pipeline_id, job.job_id)

@@ -5,18 +5,31 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import cast
 
 from sqlalchemy import Engine, delete, select, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, undefer
 
-from granq.v1 import common_pb2, coordinator_pb2, jobs_pb2
+from granq.v1 import coordinator_pb2
 from services.common.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from services.common.slots import Place
 from services.coordinator.database import read_session
 from services.coordinator.grants import revoke
+from services.coordinator.messages import to_event, to_pipeline
+from services.coordinator.references import while_artifacts_stay
 from services.coordinator.tables import EventRow, JobRow, PipelineRow
-from services.coordinator.transitions import ENDED, JobCursor, State, add_event, lock_row, now_us, state_name
+from services.coordinator.transitions import (
+    ENDED,
+    JobCursor,
+    State,
+    add_event,
+    deadline_of,
+    lock_row,
+    now_us,
+    state_name,
+)
+
+_WHOLE = (undefer(PipelineRow.spec), undefer(PipelineRow.results))
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class DrivenPipeline:
     attempt: int
     executor_id: str
     state: int
+    deadline: int | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Snapshot:
 
     pipeline: coordinator_pb2.Pipeline
     attempt: int
+    deadline: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +109,12 @@ class Repository:
             results=b"",
             finished_stages=0,
             create_time=now_us(),
+            priority=spec.priority,
+            deadline=deadline_of(spec),
         )
         try:
             with Session(self._engine, expire_on_commit=False) as session, session.begin():
+                while_artifacts_stay(session)
                 session.add(row)
                 session.flush()
                 add_event(session, row)
@@ -145,7 +163,14 @@ class Repository:
             row = session.get(PipelineRow, pipeline_id, options=_WHOLE)
             if row is None:
                 raise NotFoundError(f"there is no pipeline {pipeline_id!r}", field="pipeline_id")
-            return Snapshot(to_pipeline(row), row.attempt)
+            return Snapshot(to_pipeline(row), row.attempt, row.deadline)
+
+    def place(self, pipeline_id: str) -> Place:
+        """Return a pipeline's place in a queue; that of one that is gone is the first, where it ends at once."""
+        query = select(PipelineRow.priority, PipelineRow.create_time).where(PipelineRow.pipeline_id == pipeline_id)
+        with read_session(self._engine) as session:
+            found = session.execute(query).one_or_none()
+            return (-found.priority, found.create_time) if found is not None else (-1000, 0)
 
     def owner(self, pipeline_id: str) -> str | None:
         """Return whose a pipeline is; None when there is no such pipeline."""
@@ -189,6 +214,12 @@ class Repository:
             rows = session.execute(query.where(PipelineRow.pipeline_id.in_(list(pipeline_ids))))
             return {pipeline_id: (sequence, state) for pipeline_id, sequence, state in rows}
 
+    def withdraw(self, pipeline_id: str) -> None:
+        """Remove a pipeline that nobody has driven yet, as if it had not been submitted."""
+        with Session(self._engine) as session, session.begin():
+            session.execute(delete(PipelineRow).where(PipelineRow.pipeline_id == pipeline_id))
+            revoke(session, pipeline_id)
+
     def delete(self, pipeline_id: str) -> int:
         """Remove a pipeline that has ended, with its events.
 
@@ -214,7 +245,11 @@ class Repository:
     def unfinished(self) -> list[DrivenPipeline]:
         """Return the pipelines that have not ended, oldest first."""
         columns = (PipelineRow.pipeline_id, PipelineRow.attempt, PipelineRow.executor_id, PipelineRow.state)
-        query = select(*columns).where(PipelineRow.state.not_in(ENDED)).order_by(PipelineRow.create_time)
+        query = (
+            select(*columns, PipelineRow.deadline)
+            .where(PipelineRow.state.not_in(ENDED))
+            .order_by(PipelineRow.create_time)
+        )
         with read_session(self._engine) as session:
             return [DrivenPipeline(*row) for row in session.execute(query)]
 
@@ -238,46 +273,8 @@ class Repository:
         with read_session(self._engine) as session:
             return [OpenJob(*row) for row in session.execute(query)]
 
-    def cancelled_with_jobs(self) -> list[str]:
-        """Return the cancelled pipelines some of whose jobs were not seen to end."""
+    def ended_with_jobs(self) -> list[str]:
+        """Return the cancelled and failed pipelines some of whose jobs were not seen to end."""
         query = select(PipelineRow.pipeline_id).join(JobRow, JobRow.pipeline_id == PipelineRow.pipeline_id).distinct()
         with read_session(self._engine) as session:
-            return list(session.scalars(query.where(PipelineRow.state == State.PIPELINE_STATE_CANCELLED)))
-
-
-_WHOLE = (undefer(PipelineRow.spec), undefer(PipelineRow.results))
-
-
-def to_pipeline(row: PipelineRow) -> coordinator_pb2.Pipeline:
-    """Return a row, with its large columns loaded, as a message."""
-    pipeline = coordinator_pb2.Pipeline(
-        pipeline_id=row.pipeline_id,
-        spec=coordinator_pb2.PipelineSpec.FromString(row.spec),
-        state=cast("coordinator_pb2.PipelineState", row.state),
-        stage=cast("coordinator_pb2.Stage", row.stage),
-        last_sequence=row.last_sequence,
-        results=coordinator_pb2.PipelineResults.FromString(row.results),
-    )
-    if row.progress is not None:
-        pipeline.progress.ParseFromString(row.progress)
-    if row.failure is not None:
-        pipeline.failure.ParseFromString(row.failure)
-    pipeline.create_time.FromMicroseconds(row.create_time)
-    if row.start_time is not None:
-        pipeline.start_time.FromMicroseconds(row.start_time)
-    if row.end_time is not None:
-        pipeline.end_time.FromMicroseconds(row.end_time)
-    return pipeline
-
-
-def to_event(row: EventRow) -> coordinator_pb2.WatchPipelineResponse:
-    """Return a row as a message."""
-    event = coordinator_pb2.WatchPipelineResponse(
-        sequence=row.sequence,
-        state=cast("coordinator_pb2.PipelineState", row.state),
-        stage=cast("coordinator_pb2.Stage", row.stage),
-        progress=jobs_pb2.Progress.FromString(row.progress) if row.progress is not None else None,
-        failure=common_pb2.Failure.FromString(row.failure) if row.failure is not None else None,
-    )
-    event.time.FromMicroseconds(row.time)
-    return event
+            return list(session.scalars(query.where(PipelineRow.state.in_(ENDED))))

@@ -123,7 +123,7 @@ def stage_calls(stage: int, pipeline: coordinator_pb2.Pipeline) -> list[JobCall]
         case Stage.STAGE_EVALUATE:
             calls.extend(_evaluations(spec, results))
     for call in calls:
-        call.request.key.CopyFrom(_key(pipeline.pipeline_id, stage, call.request))
+        call.request.key.CopyFrom(_key(pipeline.pipeline_id, stage, call.request, spec.priority))
     return calls
 
 
@@ -171,7 +171,7 @@ def _evaluations(spec: coordinator_pb2.PipelineSpec, results: coordinator_pb2.Pi
     return calls
 
 
-def _key(pipeline_id: str, stage: int, request: StartRequest) -> jobs_pb2.JobKey:
+def _key(pipeline_id: str, stage: int, request: StartRequest, priority: int) -> jobs_pb2.JobKey:
     content = request.DESCRIPTOR.full_name.encode() + b"\0" + request.SerializeToString(deterministic=True)
     digest = hashlib.sha256(content).hexdigest()[:12]
-    return jobs_pb2.JobKey(job_id=f"{pipeline_id}-{NAMES[stage]}-{digest}", pipeline_id=pipeline_id)
+    return jobs_pb2.JobKey(job_id=f"{pipeline_id}-{NAMES[stage]}-{digest}", pipeline_id=pipeline_id, priority=priority)

@@ -9,6 +9,7 @@ from services.common.artifacts import ArtifactStore
 from services.common.rpc import GrpcServer
 from services.common.rpc.worker_client import WorkerClient
 from services.common.rpc.worker_replicas import WorkerReplicas
+from services.common.slots import Place
 from services.coordinator.bundle import build_report
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.database import database_engine, parse_url, prepare_database
@@ -27,8 +28,10 @@ from services.coordinator.manager import PipelineManager
 from services.coordinator.metrics import PipelineCollector
 from services.coordinator.ownership import OwnArtifacts, OwnPipelines
 from services.coordinator.pipeline_jobs import PipelineJobs
+from services.coordinator.references import References
 from services.coordinator.repository import Repository
 from services.coordinator.requests import STAGES, JobCall
+from services.coordinator.retention import Retention, RetentionPolicy
 from services.coordinator.runner import Patience
 from services.coordinator.servicer import ArtifactServicer, PipelineServicer
 from services.coordinator.settings import CoordinatorSettings
@@ -157,6 +160,11 @@ class CoordinatorServer(GrpcServer):
             places=self._pool,
             running=running,
             patience=Patience(settings.unavailable_seconds, settings.max_crashes),
+            pools={
+                "generator": settings.max_generator_jobs,
+                "quantizer": settings.max_quantizer_jobs,
+                "evaluator": settings.max_evaluator_jobs,
+            },
         )
         driver = PipelineDriver(
             repository=self._repository,
@@ -166,6 +174,10 @@ class CoordinatorServer(GrpcServer):
             build_report=partial(build_report, store),
             report_threads=self._store_threads,
         )
+
+        async def place_of(pipeline_id: str) -> Place:
+            return await calls.insist(self._repository.place, pipeline_id)
+
         self._workflows = WorkflowEngine(
             url=url,
             executor_id=settings.executor_id,
@@ -173,6 +185,7 @@ class CoordinatorServer(GrpcServer):
             steps=STAGES,
             run_step=driver.run_stage,
             max_running=settings.max_running_pipelines,
+            place_of=place_of,
         )
         self._manager = PipelineManager(
             repository=self._repository,
@@ -184,6 +197,21 @@ class CoordinatorServer(GrpcServer):
             store=store,
             executor_id=settings.executor_id,
             cancel_seconds=settings.cancel_seconds,
+            deleted=lambda: self._retention.soon(),
+        )
+        self._retention = Retention(
+            references=References(self._engine),
+            store=store,
+            threads=Threads(1, "retention"),
+            locks=self._locks,
+            delete=self._manager.delete,
+            policy=RetentionPolicy(
+                grace=settings.artifact_grace_seconds,
+                uploads=settings.upload_seconds,
+                jobs=settings.job_record_seconds,
+                pipelines=settings.retention_seconds,
+                interval=settings.tidy_seconds,
+            ),
         )
         transfer = ArtifactTransfer(store, self._store_threads, settings.max_artifact_bytes)
         artifacts = OwnArtifacts(transfer, Grants(self._engine), calls)
@@ -226,6 +254,8 @@ class CoordinatorServer(GrpcServer):
             )
             stack.push_async_callback(sweeper.close)
             await sweeper.start()
+            stack.push_async_callback(self._retention.close)
+            self._retention.start()
             collector = PipelineCollector(partial(read_statistics, self._engine))
             collector.register()
             stack.callback(collector.unregister)

@@ -40,6 +40,15 @@ class CoordinatorSettings(ServerSettings):
     max_running_pipelines: int = Field(
         default=64, ge=1, le=10_000, description="Pipelines driven at once; more stay QUEUED. Workers queue jobs, too."
     )
+    max_generator_jobs: int = Field(
+        default=64, ge=1, le=10_000, description="Jobs at the generators at once; more wait here, by priority."
+    )
+    max_quantizer_jobs: int = Field(
+        default=64, ge=1, le=10_000, description="Jobs at the quantizers at once; more wait here, by priority."
+    )
+    max_evaluator_jobs: int = Field(
+        default=64, ge=1, le=10_000, description="Jobs at the evaluators at once; more wait here, by priority."
+    )
     rpc_timeout_seconds: float = Field(default=20.0, gt=0, le=600, description="Deadline of a short call to a worker.")
     watch_timeout_seconds: float = Field(
         default=600.0, gt=0, le=86_400, description="Deadline of one stream of a job's events; it is opened again."
@@ -76,6 +85,21 @@ class CoordinatorSettings(ServerSettings):
     )
     device_poll_seconds: float = Field(
         default=1.0, gt=0, le=60, description="Time between looks at the pool, for what other coordinators changed."
+    )
+    retention_seconds: float | None = Field(
+        default=None, ge=0, description="Age, since their end, at which pipelines are deleted. Default: never."
+    )
+    artifact_grace_seconds: float = Field(
+        default=3600.0, ge=60, description="Least age of artifacts that nothing refers to before they are removed."
+    )
+    upload_seconds: float = Field(
+        default=86_400.0, ge=60, description="Time that an upload is kept before a pipeline names it."
+    )
+    job_record_seconds: float = Field(
+        default=7 * 86_400.0, ge=60, description="Time that results of jobs which belong to no pipeline are kept."
+    )
+    tidy_seconds: float = Field(
+        default=600.0, gt=0, le=86_400, description="Time between two removals of what nothing refers to."
     )
     max_artifact_bytes: int = Field(
         default=16 * 1024**3, ge=1, description="Largest upload in bytes; larger ones are refused."

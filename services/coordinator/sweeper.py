@@ -6,6 +6,7 @@ How a pipeline is left alone, and what is done:
 - It was cancelled, and the coordinator died before that was carried through: it is carried through.
 - Its coordinator is gone for good (scaled down; its executor lock is free): this one takes it over.
 - It was begun by another application version, which the workflow engine does not recover: taken over.
+- Its time was over while it waited, or while nobody drove it: it fails.
 - Its workflow ended without an outcome (the database was away) or was not recovered: taken over.
 
 To take over is to give the pipeline a new attempt number, by which every write of the old workflow is refused from then
@@ -19,11 +20,15 @@ from collections.abc import Awaitable, Callable
 from granq.v1 import common_pb2
 from services.common.errors import UnavailableError, to_failure
 from services.common.logs import get_logger
+from services.coordinator.driver import overdue
 from services.coordinator.engine import WorkflowEngine
 from services.coordinator.locks import ExecutorLocks, HeldLock
 from services.coordinator.repository import DrivenPipeline, Repository
 from services.coordinator.threads import Threads
-from services.coordinator.transitions import State, Transitions
+from services.coordinator.transitions import State, Transitions, now_us
+
+# The driver itself ends a stage in time, and stops its job. This is for those that have none.
+_LATE_US = 2_000_000
 
 log = get_logger(__name__)
 
@@ -97,6 +102,9 @@ class Sweeper:
         alive: dict[str, bool] = {}
         suspects: set[tuple[str, int]] = set()
         for pipeline in await self._threads.call(self._repository.unfinished):
+            if pipeline.deadline is not None and pipeline.deadline <= now_us() - _LATE_US:
+                await self._expire(pipeline)
+                continue
             owner = pipeline.executor_id
             if owner != self._executor_id:
                 if owner not in alive:
@@ -106,6 +114,13 @@ class Sweeper:
                 continue
             await self._check_own(pipeline, suspects)
         self._suspects = suspects
+
+    async def _expire(self, pipeline: DrivenPipeline) -> None:
+        key = (pipeline.pipeline_id, pipeline.attempt)
+        spec = (await self._threads.call(self._repository.get, pipeline.pipeline_id)).pipeline.spec
+        if await self._threads.call(self._transitions.expire, *key, to_failure(overdue(spec))):
+            log.warning("pipeline is overdue", pipeline_id=pipeline.pipeline_id)
+            await self._engine.cancel(*key)
 
     async def _check_own(self, pipeline: DrivenPipeline, suspects: set[tuple[str, int]]) -> None:
         key = (pipeline.pipeline_id, pipeline.attempt)

@@ -20,6 +20,14 @@ class SchemaRow(Base):
     version: Mapped[int] = mapped_column(primary_key=True)
 
 
+class IdentityRow(Base):
+    """The one row that names this database, for the artifact store."""
+
+    __tablename__ = "database_identity"
+
+    identity: Mapped[str] = mapped_column(String(32), primary_key=True)
+
+
 class PipelineRow(Base):
     """One pipeline. Its row is the source of truth; the workflow engine only drives it."""
 
@@ -43,7 +51,9 @@ class PipelineRow(Base):
     results: Mapped[bytes] = mapped_column(LargeBinary, default=b"", deferred=True)
     # Stages whose result is in `results`, as a bit set over the numbers of granq.v1.Stage.
     finished_stages: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
     # Microseconds since the epoch, UTC.
+    deadline: Mapped[int | None] = mapped_column(BigInteger)
     create_time: Mapped[int] = mapped_column(BigInteger)
     start_time: Mapped[int | None] = mapped_column(BigInteger)
     end_time: Mapped[int | None] = mapped_column(BigInteger)

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from granq.v1 import artifacts_pb2
 from services.common.artifacts import ArtifactStore, ArtifactWriter
 from services.common.errors import InvalidArgumentError, ResourceExhaustedError
+from services.coordinator.retention import note_upload
 from services.coordinator.threads import Threads
 
 CHUNK_BYTES = 1024 * 1024
@@ -62,7 +63,9 @@ class ArtifactTransfer:
                     await writing.then(writer.write, chunk)
                 await writing.result()
             _check_content(header, writer)
-            return await self._threads.call(writer.commit)
+            artifact = await self._threads.call(writer.commit)
+            await self._threads.call(note_upload, self._store, artifact.digest)
+            return artifact
         finally:
             # Drops what was not committed, also when the client went away.
             for writer in writers:

@@ -44,6 +44,11 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+def deadline_of(spec: coordinator_pb2.PipelineSpec) -> int | None:
+    """Return when a pipeline that is submitted or retried now must have ended, in microseconds; None for never."""
+    return now_us() + spec.max_duration.ToMicroseconds() if spec.HasField("max_duration") else None
+
+
 def finished(row: PipelineRow, stage: int) -> bool:
     """Return whether the stage's result is stored."""
     return bool(row.finished_stages >> stage & 1)
@@ -196,6 +201,18 @@ class Transitions:
             add_event(session, row, failure=failure)
         observe_end(pipeline_id, attempt, "failed", created, now_us())
 
+    def expire(self, pipeline_id: str, attempt: int, failure: common_pb2.Failure) -> bool:
+        """Make a pipeline FAILED whose deadline has passed, whoever drives it; return whether this call did it."""
+        with Session(self._engine) as session, session.begin():
+            row = session.get(PipelineRow, pipeline_id, with_for_update=True)
+            if row is None or row.attempt != attempt or row.state not in _DRIVEN:
+                return False
+            row.state, row.end_time = State.PIPELINE_STATE_FAILED, now_us()
+            row.failure = failure.SerializeToString()
+            add_event(session, row, failure=failure)
+        self._changed(pipeline_id)
+        return True
+
     def request_cancel(self, pipeline_id: str) -> bool:
         """Make a queued or running pipeline CANCELLING.
 
@@ -248,6 +265,7 @@ class Transitions:
             row.state, row.executor_id = State.PIPELINE_STATE_QUEUED, executor_id
             row.attempt += 1
             row.failure = row.end_time = row.progress = None
+            row.deadline = deadline_of(coordinator_pb2.PipelineSpec.FromString(row.spec))
             # Jobs keep their ids: the stage that failed resumes from its job's checkpoint.
             session.execute(delete(JobRow).where(JobRow.pipeline_id == pipeline_id))
             add_event(session, row)

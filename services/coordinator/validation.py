@@ -33,6 +33,16 @@ def check_spec(spec: coordinator_pb2.PipelineSpec, store: ArtifactStore) -> None
             "ACTIVATION_GRANULARITY_PER_CHANNEL",
             field="spec.engines",
         )
+    check_stored(spec, store)
+
+
+def check_stored(spec: coordinator_pb2.PipelineSpec, store: ArtifactStore) -> None:
+    """Check that the store holds what a spec names; blocks on the store.
+
+    Raises:
+        InvalidArgumentError: An artifact has another size than the spec says.
+        NotFoundError: The store does not hold one.
+    """
     _check_stored(spec.model.artifact, store, "spec.model.artifact")
     if spec.dataset.WhichOneof("source") == "artifact":
         _check_stored(spec.dataset.artifact, store, "spec.dataset.artifact")

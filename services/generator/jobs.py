@@ -8,7 +8,7 @@ from services.common.errors import FailedPreconditionError
 from services.common.jobs import JobContext
 from services.generator.grid import draw_grid
 from services.generator.settings import GeneratorSettings
-from services.generator.states import Effort, load_state, save_state
+from services.generator.states import FORM, Effort, load_state, save_state
 from services.generator.synthesis import SynthesisParameters
 from services.generator.synthetic_set import write_set
 from services.generator.training import create_synthesizer
@@ -38,7 +38,7 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         request.model, parameters, context.store, settings.synthesis_threads, context.limits
     )
     belongs_to["iterations"] = iterations
-    checkpoint = context.load_checkpoint()
+    checkpoint = context.load_checkpoint(FORM)
     effort = Effort()
     if checkpoint is not None:
         effort = load_state(context.store, checkpoint, synthesizer, belongs_to)
@@ -61,7 +61,7 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         if step % interval == 0 or step == iterations:
             effort = Effort(time.monotonic() - begin, float(batch.bn_loss))
             _check_finite(effort.bn_loss + float(cross_entropy))
-            context.save_checkpoint(save_state(context.store, synthesizer, belongs_to, effort))
+            context.save_checkpoint(save_state(context.store, synthesizer, belongs_to, effort), FORM)
 
     def on_progress(written: int) -> None:
         context.check_cancelled()

@@ -14,6 +14,8 @@ from services.common.errors import InvalidArgumentError
 from services.generator.synthesis import Synthesizer
 
 _KEY = "granq"
+FORM = "generator/1"
+"""Names what a state holds. Change it with that: a state of another form is refused, or the work begins anew."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def save_state(
         belongs_to: What it depends on, as JSON values; :func:`load_state` demands the same.
         effort: Time spent and loss so far.
     """
-    metadata = {_KEY: json.dumps({"belongs_to": belongs_to, "effort": asdict(effort)}, sort_keys=True)}
+    metadata = {_KEY: json.dumps({"form": FORM, "belongs_to": belongs_to, "effort": asdict(effort)}, sort_keys=True)}
     return store.put_bytes(save(synthesizer.state(), metadata), "generator-state.safetensors")
 
 
@@ -63,6 +65,12 @@ def load_state(
         raise _invalid() from error
     if not isinstance(header, dict):
         raise _invalid()
+    if header.get("form") != FORM:
+        raise InvalidArgumentError(
+            f"the state has the form {header.get('form')!r}, this generator reads {FORM!r}; begin anew",
+            reason="STATE_MISMATCH",
+            field="resume_from",
+        )
     # Through JSON, so that tuples compare as the lists that they were stored as.
     expected = json.loads(json.dumps(belongs_to))
     stored = header.get("belongs_to")

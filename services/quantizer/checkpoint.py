@@ -19,6 +19,8 @@ from services.quantizer.diagnostics import Layers
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 
+FORM = "quantizer/1"
+"""Names what a checkpoint holds. Change it with that: a training whose checkpoint has another form begins anew."""
 _MEDIA_TYPE = "application/vnd.safetensors"
 
 
@@ -62,15 +64,24 @@ class Checkpoint:
     before: Layers
 
 
-def save_checkpoint(store: ArtifactStore, trainer: Trainer, seconds: float, before: Layers) -> artifacts_pb2.Artifact:
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint's file, and the digest of the generator's state that it refers to, or ""."""
+
+    artifact: artifacts_pb2.Artifact
+    generator: str
+
+
+def save_checkpoint(store: ArtifactStore, trainer: Trainer, seconds: float, before: Layers) -> StoredCheckpoint:
     """Store all that training goes on from, the generator's state included by its digest."""
+    generator = trainer.source.save()
     metadata = {
         "iteration": str(trainer.iteration),
-        "generator": trainer.source.save(),
+        "generator": generator,
         "seconds": repr(seconds),
         "before": json.dumps(before),
     }
-    return _put(store, trainer.state(), metadata, "training.safetensors")
+    return StoredCheckpoint(_put(store, trainer.state(), metadata, "training.safetensors"), generator)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

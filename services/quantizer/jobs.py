@@ -7,7 +7,7 @@ import torch
 
 from granq.v1 import artifacts_pb2, common_pb2, jobs_pb2, packages_pb2, quantizer_pb2, reports_pb2
 from services.common.datasets import dataset_artifact, open_dataset
-from services.common.errors import FailedPreconditionError, InternalError
+from services.common.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
 from services.common.jobs import JobContext
 from services.common.models.loading import LoadedModel, load_model, summarize
 from services.common.onnx_runtime_flavour import to_onnx_runtime
@@ -15,7 +15,14 @@ from services.common.package import MEDIA_TYPE, write_package
 from services.quantizer import diagnostics, picture
 from services.quantizer.batches import BatchSource, ReplaySource, SyntheticSet, read_synthetic_set
 from services.quantizer.calibrate import calibrate
-from services.quantizer.checkpoint import Checkpoint, load_checkpoint, load_student, save_checkpoint, save_student
+from services.quantizer.checkpoint import (
+    FORM,
+    Checkpoint,
+    load_checkpoint,
+    load_student,
+    save_checkpoint,
+    save_student,
+)
 from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.flat_areas import FlatAreas
 from services.quantizer.generator_client import CoTrainSource, opening
@@ -73,7 +80,7 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
         )
     student = build_student(model.module, quantization, model.pixel_range).to(device)
     teacher = no_grad_copy(model.module).to(device)
-    stored = context.load_checkpoint()
+    stored = context.load_checkpoint(FORM)
     if stored is not None:
         checkpoint = load_checkpoint(context.store.local_path(stored.digest))
         context.log.info("resuming", iteration=checkpoint.iteration)
@@ -90,6 +97,14 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
             trainer.load_state(checkpoint.tensors, checkpoint.iteration)
         with further_ranks(trainer, request, context, device):
             _train(trainer, context, lambda: checkpoint.seconds + time.monotonic() - started, checkpoint.before)
+    except InvalidArgumentError as error:
+        if not checkpoint.generator or error.reason not in ("STATE_MISMATCH", "STATE_INVALID"):
+            raise
+        context.drop_checkpoint(error.message)
+        raise UnavailableError(
+            f"the generator cannot go on from the last checkpoint, so the training begins anew: {error.message}",
+            reason="CHECKPOINT_REFUSED",
+        ) from error
     except FloatingPointError as error:
         raise InternalError(f"training diverged: {error}", reason="TRAINING_DIVERGED") from error
     finally:
@@ -160,7 +175,8 @@ def _train(trainer: Trainer, context: JobContext, seconds: Callable[[], float], 
     for iteration in trainer.run(report):
         context.check_cancelled()
         if iteration % trainer.training.checkpoint_interval == 0 and iteration < total:
-            context.save_checkpoint(save_checkpoint(context.store, trainer, seconds(), before))
+            saved = save_checkpoint(context.store, trainer, seconds(), before)
+            context.save_checkpoint(saved.artifact, FORM, (saved.generator,) if saved.generator else ())
 
 
 def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -> jobs_pb2.JobResult:

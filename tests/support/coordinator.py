@@ -170,8 +170,8 @@ async def bench(folder: Path, database_url: str = "", **settings: object) -> Asy
 class WorkerProcess(ServerProcess):
     """A scripted worker in a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("worker", folder, script_dir=str(folder / "script"), max_running_jobs="8")
+    def __init__(self, folder: Path, name: str = "worker", **settings: str) -> None:
+        super().__init__(name, folder, **{"script_dir": str(folder / "script"), "max_running_jobs": "8", **settings})
         self.script = Script(folder / "script")
 
     @property

@@ -42,6 +42,17 @@ def until_cancelled(request: Request, context: JobContext) -> jobs_pb2.JobResult
         pause.wait(0.01)
 
 
+def until_told(request: Request, context: JobContext) -> jobs_pb2.JobResult:
+    """Append a letter to a file, and wait until the file "told" is there."""
+    once_with_side_effect(request, context)
+    context.report("working", step=os.getpid())
+    pause = threading.Event()
+    while not Path(context.settings.cache_dir, "told").exists():
+        context.check_cancelled()
+        pause.wait(0.01)
+    return _result(1)
+
+
 def never_checks(request: Request, context: JobContext) -> jobs_pb2.JobResult:
     """Wait for ever in a process that also ignores SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,6 +4,7 @@ The settings name a folder. A file `<kind>.json` in it tells the kind's jobs how
 to `runs.log`, so that a test can count them. Files are read while a job runs: a test can let a stalled job go on.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -42,6 +43,7 @@ class Script:
             kind: Kind of job.
             behaviour: `stall_at`: step at which to wait until told otherwise. `crash_at`: step at which the first run
                 kills itself; `crash_always`: every run does. `fail`: code, reason and message to fail with.
+                `step_seconds`: time that a step takes.
         """
         temporary = self.folder / f".{kind}.json"
         temporary.write_text(json.dumps(behaviour))
@@ -69,11 +71,18 @@ class Script:
         return [line.split()[2] for line in lines if line.startswith(f"{kind} {what} ")]
 
 
-def _work(kind: str, context: JobContext, steps: int = 5) -> None:
-    """Take some steps with a checkpoint after each, as the script says."""
+def _work(kind: str, context: JobContext, steps: int = 5) -> str:
+    """Take some steps with a checkpoint after each, as the script says.
+
+    Returns:
+        A digest of the steps: another one when a step was left out or repeated.
+    """
     script = Script(context.settings.script_dir)
     checkpoint = context.load_checkpoint()
-    done = int(context.store.read_bytes(checkpoint.digest)) if checkpoint is not None else 0
+    done, chain = 0, ""
+    if checkpoint is not None:
+        first, _, chain = context.store.read_bytes(checkpoint.digest).decode().partition(" ")
+        done = int(first)
     script.log(kind, "begins", context.job_id)
     if done:
         script.log(kind, f"resumes_at_{done}", context.job_id)
@@ -91,10 +100,13 @@ def _work(kind: str, context: JobContext, steps: int = 5) -> None:
         if behaviour.get("crash_at") == done and (behaviour.get("crash_always") or not crashed):
             script.log(kind, "crashes", context.job_id)
             os.kill(os.getpid(), signal.SIGKILL)
+        pause.wait(behaviour.get("step_seconds", 0))
         done += 1
-        context.save_checkpoint(context.store.put_bytes(str(done).encode()))
+        chain = hashlib.sha256(f"{chain} {kind} {done}".encode()).hexdigest()[:16]
+        context.save_checkpoint(context.store.put_bytes(f"{done} {chain}".encode()))
         context.report("working", done, steps, loss_student=1 / done)
     script.log(kind, "ends", context.job_id)
+    return chain
 
 
 def _blob(context: JobContext, content: str) -> Any:
@@ -117,8 +129,8 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
 def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -> jobs_pb2.JobResult:
     """Store a model that depends on the request."""
     context.store.verify(request.synthetic_set.digest)
-    _work("quantize", context)
-    model = _blob(context, f"quantized {request.quantization.weight_bits}")
+    chain = _work("quantize", context)
+    model = _blob(context, f"quantized {request.quantization.weight_bits} {chain}")
     return jobs_pb2.JobResult(
         quantization=reports_pb2.QuantizationResult(model=model, iterations=5, teacher_agreement=0.9, device="cpu")
     )

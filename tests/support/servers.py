@@ -99,6 +99,11 @@ class ServerProcess:
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
+    def wait(self) -> int:
+        """Return the exit code of a server that ends by itself."""
+        assert self._process is not None
+        return self._process.wait()
+
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM; return the exit code."""
         assert self._process is not None

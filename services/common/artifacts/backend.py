@@ -54,11 +54,20 @@ class Backend(Protocol):
     def replace(self, path: str, data: bytes) -> None:
         """Write a small file so that readers see either the old or the new content."""
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file unless there is one; return whether this call made it. Of several at once, one does."""
+
     def delete(self, path: str) -> None:
         """Remove a file; one that is not there is no error."""
 
     def list(self, prefix: str) -> list[str]:
         """Return the paths of all files that begin with a prefix, sorted."""
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Return the paths of all files that begin with a prefix, and how many seconds ago each was written."""
+
+    def age(self, path: str) -> float:
+        """Return how many seconds ago a file was written."""
 
 
 @contextmanager

@@ -111,6 +111,10 @@ class CoordinatedBackend:
         """Write a reference."""
         self._files.replace(path, data)
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file beside the device's copies unless there is one; return whether this call made it."""
+        return self._files.create(path, data)
+
     def delete(self, path: str) -> None:
         """Remove a reference if it is there."""
         self._files.delete(path)
@@ -118,3 +122,11 @@ class CoordinatedBackend:
     def list(self, prefix: str) -> list[str]:
         """Return the paths of all files of this device that begin with a prefix, sorted."""
         return self._files.list(prefix)
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Return the paths of all files of this device that begin with a prefix, and their ages in seconds."""
+        return self._files.ages(prefix)
+
+    def age(self, path: str) -> float:
+        """Return how many seconds ago a file of this device was written."""
+        return self._files.age(path)

@@ -1,5 +1,7 @@
 """Files of the store on this machine's file system, written so that a crash or a power cut never leaves half a file."""
 
+import contextlib
+import fcntl
 import os
 import time
 import uuid
@@ -9,8 +11,9 @@ from typing import BinaryIO
 from services.common.artifacts.backend import storage_operation
 
 _STAGING = "tmp"
-# No upload takes this long; what is older was left by a process that died.
-_ABANDONED_SECONDS = 24 * 3600
+# A file that is being written is locked, and the system lets go of the lock when its process dies. Between its making
+# and its locking pass less seconds than these.
+_ABANDONED_SECONDS = 60.0
 
 
 def _sync_folder(folder: Path) -> None:
@@ -27,6 +30,18 @@ def _unless_missing(error: OSError) -> None:
         raise error
 
 
+def _is_free(path: Path) -> bool:
+    """Return whether no living process writes a file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 class LocalStaged:
     """A file under a temporary name on the same file system, so that a rename publishes it."""
 
@@ -40,6 +55,8 @@ class LocalStaged:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = self._create()
             self._file = os.fdopen(descriptor, "wb")
+            with contextlib.suppress(OSError):  # a file system without locks: nobody can take this for abandoned
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
         self._ended = False
 
     def _create(self) -> int:
@@ -97,7 +114,7 @@ class LocalBackend:
         limit = time.time() - _ABANDONED_SECONDS
         for path in (self._root / _STAGING).iterdir():
             try:
-                if path.stat().st_mtime < limit:
+                if path.stat().st_mtime < limit and _is_free(path):
                     path.unlink()
             except FileNotFoundError:
                 continue  # Another process was faster.
@@ -125,6 +142,25 @@ class LocalBackend:
         finally:
             staged.discard()
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file unless there is one; return whether this call made it."""
+        staged = self.stage()
+        target = self._root / path
+        try:
+            staged.write(data)
+            staged.flush()
+            with storage_operation("replace", OSError):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    # Unlike a rename, a link fails where the name is taken, on every file system and by network, too.
+                    target.hardlink_to(staged.path)
+                except FileExistsError:
+                    return False
+                _sync_folder(target.parent)
+            return True
+        finally:
+            staged.discard()
+
     def delete(self, path: str) -> None:
         """Remove a file if it is there."""
         with storage_operation("delete", OSError):
@@ -138,6 +174,19 @@ class LocalBackend:
                 relative = Path(folder).relative_to(self._root)
                 found += [(relative / name).as_posix() for name in names]
         return sorted(path for path in found if path.startswith(prefix))
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Return the paths of all files that begin with a prefix, and how many seconds ago each was written."""
+        found: dict[str, float] = {}
+        for path in self.list(prefix):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found[path] = self.age(path)
+        return found
+
+    def age(self, path: str) -> float:
+        """Return how many seconds ago a file was written."""
+        with storage_operation("stat", OSError):
+            return time.time() - (self._root / path).stat().st_mtime
 
     def local_path(self, path: str) -> Path:
         """Return the file itself."""

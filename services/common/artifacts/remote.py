@@ -1,5 +1,6 @@
 """Files of the store in a bucket, through fsspec. Objects appear whole there, so no rename is needed."""
 
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, cast
 
 from fsspec.core import url_to_fs
@@ -7,6 +8,9 @@ from fsspec.core import url_to_fs
 from services.common.artifacts.backend import storage_operation
 from services.common.artifacts.local import LocalBackend, LocalStaged
 from services.common.errors import FailedPreconditionError
+
+# How the drivers call the time of the last write; the first that is there counts.
+_WRITTEN = ("LastModified", "mtime", "updated", "last_modified", "created")
 
 
 class RemoteStaged:
@@ -73,6 +77,15 @@ class RemoteBackend:
         with storage_operation("replace", Exception):
             self._fs.pipe_file(self._key(path), data)
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small object unless there is one; return whether this call made it."""
+        with storage_operation("replace", Exception):
+            try:
+                self._fs.pipe_file(self._key(path), data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
     def delete(self, path: str) -> None:
         """Remove an object if it is there."""
         try:
@@ -90,3 +103,28 @@ class RemoteBackend:
             return []
         start = len(self._root) + 1
         return sorted(key[start:] for key in keys if key[start:].startswith(prefix))
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """Return the paths of all objects that begin with a prefix, and how many seconds ago each was written."""
+        try:
+            with storage_operation("list", Exception):
+                found = self._fs.find(self._key(prefix.rpartition("/")[0]), detail=True)
+        except FileNotFoundError:
+            return {}
+        start = len(self._root) + 1
+        return {key[start:]: _age(info) for key, info in found.items() if key[start:].startswith(prefix)}
+
+    def age(self, path: str) -> float:
+        """Return how many seconds ago an object was written."""
+        with storage_operation("stat", Exception):
+            return _age(self._fs.info(self._key(path)))
+
+
+def _age(info: dict[str, Any]) -> float:
+    """Return the age of an object in seconds; 0, so that nobody takes it for old, where the driver does not tell it."""
+    written = next((info[name] for name in _WRITTEN if info.get(name) is not None), None)
+    if isinstance(written, str):
+        written = datetime.fromisoformat(written)
+    if isinstance(written, datetime):
+        written = (written if written.tzinfo else written.replace(tzinfo=UTC)).timestamp()
+    return 0.0 if written is None else datetime.now(UTC).timestamp() - float(written)

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import re
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -12,35 +11,15 @@ from urllib.parse import unquote, urlsplit
 from granq.v1 import artifacts_pb2
 from services.common.artifacts.backend import Backend, Staged, storage_operation
 from services.common.artifacts.local import LocalBackend
+from services.common.artifacts.names import blob_digest, blob_path, is_ref, not_found, ref_name, ref_path
 from services.common.artifacts.reader import VerifyingReader, damaged
 from services.common.errors import DataLossError, InvalidArgumentError, NotFoundError
 from services.common.metrics import ARTIFACT_BYTES
 from services.common.security import SecuritySettings
 
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-_REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-# In no name, so that the file of "a" and the folder of "a/b" never are the same path.
 # Not all that fsspec knows: it would fetch from web servers, and chain URLs (::) into each other.
 _BUCKETS = ("s3", "gs", "gcs", "memory")
-_REF_SUFFIX = "@ref"
 _CHUNK = 1024 * 1024
-
-
-def _blob_path(digest: str) -> str:
-    match = _DIGEST.fullmatch(digest)
-    if match is None:
-        raise InvalidArgumentError(f'a digest is "sha256:" and 64 hexadecimal digits, got {digest!r}', field="digest")
-    return f"blobs/sha256/{match[1][:2]}/{match[1]}"
-
-
-def _not_found(digest: str) -> NotFoundError:
-    return NotFoundError(f"the store does not hold {digest}", reason="ARTIFACT_NOT_FOUND")
-
-
-def _ref_path(name: str) -> str:
-    if _REF.fullmatch(name) is None:
-        raise InvalidArgumentError(f"{name!r} is no name of a reference")
-    return f"refs/{name}{_REF_SUFFIX}"
 
 
 def _exhaust(stream: BinaryIO) -> None:
@@ -89,7 +68,7 @@ class ArtifactWriter:
 
     def commit(self) -> artifacts_pb2.Artifact:
         """Make the blob visible and return it; raises as `write` does."""
-        self._staged.publish(_blob_path(self.digest))
+        self._staged.publish(blob_path(self.digest))
         return artifacts_pb2.Artifact(
             digest=self.digest, size_bytes=self.size_bytes, name=self._name, media_type=self._media_type
         )
@@ -173,9 +152,9 @@ class ArtifactStore:
     def stat(self, digest: str) -> artifacts_pb2.Artifact:
         """Return digest and size of a blob, or raise NotFoundError."""
         try:
-            return artifacts_pb2.Artifact(digest=digest, size_bytes=self._backend.size(_blob_path(digest)))
+            return artifacts_pb2.Artifact(digest=digest, size_bytes=self._backend.size(blob_path(digest)))
         except FileNotFoundError as error:
-            raise _not_found(digest) from error
+            raise not_found(digest) from error
 
     def exists(self, digest: str) -> bool:
         """Return whether the store holds a blob."""
@@ -208,11 +187,11 @@ class ArtifactStore:
         return self._reader(self._backend, digest)
 
     def _reader(self, backend: Backend, digest: str) -> BinaryIO:
-        path = _blob_path(digest)
+        path = blob_path(digest)
         try:
             return io.BufferedReader(VerifyingReader(backend.open(path), backend.size(path), digest), _CHUNK)
         except FileNotFoundError as error:
-            raise _not_found(digest) from error
+            raise not_found(digest) from error
 
     def read_bytes(self, digest: str) -> bytes:
         """Return a whole blob, verified.
@@ -239,13 +218,13 @@ class ArtifactStore:
             NotFoundError: The store does not hold it.
             DataLossError: The stored bytes do not match the digest.
         """
-        path = _blob_path(digest)
+        path = blob_path(digest)
         try:
             file = self._files.local_path(path)
             state = _state(file)
         except FileNotFoundError as error:
             if self._backend is self._files:
-                raise _not_found(digest) from error
+                raise not_found(digest) from error
             file = self._copy(digest)
             state = _state(file)
         if self._verified.get(digest) != state:
@@ -268,25 +247,53 @@ class ArtifactStore:
             if writer.digest != digest:
                 raise damaged(digest)
             writer.commit()
-        return self._files.local_path(_blob_path(digest))
+        return self._files.local_path(blob_path(digest))
 
     def set_ref(self, name: str, data: bytes) -> None:
         """Set a small named value, such as "jobs/<id>/checkpoint"; readers see the old or the new one, never a mix."""
-        self._backend.replace(_ref_path(name), data)
+        self._backend.replace(ref_path(name), data)
+
+    def create_ref(self, name: str, data: bytes) -> bool:
+        """Set a named value unless it is set; return whether this call did it. Of several at once, exactly one does."""
+        return self._backend.create(ref_path(name), data)
 
     def get_ref(self, name: str) -> bytes | None:
         """Return a named value, or None where it is not set."""
         try:
-            with self._backend.open(_ref_path(name)) as file:
+            with self._backend.open(ref_path(name)) as file:
                 return file.read()
         except FileNotFoundError:
             return None
 
     def delete_ref(self, name: str) -> None:
         """Forget a named value; one that is not set is no error."""
-        self._backend.delete(_ref_path(name))
+        self._backend.delete(ref_path(name))
 
     def list_refs(self, prefix: str = "") -> list[str]:
         """Return all names that begin with a prefix, sorted."""
-        paths = self._backend.list(f"refs/{prefix}")
-        return sorted(path[len("refs/") : -len(_REF_SUFFIX)] for path in paths if path.endswith(_REF_SUFFIX))
+        return sorted(map(ref_name, filter(is_ref, self._backend.list(f"refs/{prefix}"))))
+
+    def ref_ages(self, prefix: str = "") -> dict[str, float]:
+        """Return all names that begin with a prefix, and how many seconds ago each was set."""
+        return {ref_name(path): age for path, age in self._backend.ages(f"refs/{prefix}").items() if is_ref(path)}
+
+    def blob_ages(self) -> dict[str, float]:
+        """Return the digests of all blobs, and how many seconds ago each was stored, or stored again."""
+        return {blob_digest(path): age for path, age in self._backend.ages("blobs/sha256/").items()}
+
+    def delete_blob(self, digest: str, least_seconds: float) -> int | None:
+        """Remove a blob that nobody refers to, unless it was stored again within the last seconds.
+
+        Returns:
+            The bytes that were freed; None when it stays or is not there.
+        """
+        path = blob_path(digest)
+        try:
+            size = self._backend.size(path)
+            if self._backend.age(path) < least_seconds:
+                return None
+        except FileNotFoundError:
+            return None
+        self._backend.delete(path)
+        self._files.delete(path)
+        return size

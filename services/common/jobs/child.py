@@ -18,10 +18,12 @@ from typing import Any, BinaryIO
 from granq.v1 import jobs_pb2
 from services.common import tracing
 from services.common.artifacts import ArtifactStore
-from services.common.errors import CancelledError, InternalError, to_failure
+from services.common.errors import CancelledError, InternalError, UnavailableError, to_failure
 from services.common.jobs import wire
 from services.common.jobs.context import JobContext
+from services.common.jobs.lease import Lease, LeaseLostError
 from services.common.jobs.reading import limited_reading
+from services.common.jobs.records import JobRecords
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import configure_logging, get_logger
 from services.common.metrics import Sums, sums_since, take_sums
@@ -70,31 +72,76 @@ class Outlet:
             self._stream.flush()
 
 
-def listen(inlet: BinaryIO, cancelled: threading.Event) -> None:
+class Orders:
+    """What this process was told."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        """By anyone: the server's end, too."""
+        self.cancel = threading.Event()
+        """The job is not wanted any more, here or elsewhere."""
+
+
+def listen(inlet: BinaryIO, orders: Orders) -> None:
     """Take the server's frames until it is gone, which ends this process."""
     while (frame := wire.read(inlet)) is not None:
         if frame[0] is Frame.CANCEL:
-            cancelled.set()
+            orders.cancel.set()
+            orders.stop.set()
     os._exit(1)
 
 
+def take_lease(lease: Lease, start: StartFrame, context: JobContext, orders: Orders) -> jobs_pb2.JobResult | None:
+    """Wait for the right to run the job; return its result where another worker finished it meanwhile."""
+
+    def wait() -> None:
+        context.report("waiting for the worker that runs this job")
+        if orders.cancel.is_set():
+            # That worker was not told: whoever cancels knows only of this one.
+            lease.revoke()
+        if orders.stop.is_set():
+            raise CancelledError("the job was asked to stop")
+
+    if not lease.take(wait):
+        return None
+    found = JobRecords(context.store).load_success(start.job_id)
+    return found[0].result if found is not None else None
+
+
+def _lost() -> bytes:
+    error = UnavailableError("another worker has taken this job over", reason="LEASE_LOST")
+    return to_failure(error).SerializeToString()
+
+
 def _run(
-    start: StartFrame, request: bytes, settings: ServerSettings, outlet: Outlet, cancelled: threading.Event
+    start: StartFrame, request: bytes, settings: ServerSettings, outlet: Outlet, orders: Orders
 ) -> jobs_pb2.JobResult:
+    store = ArtifactStore(settings.artifact_url, settings.cache_dir, settings)
+    lease = Lease(store, start.job_id, start.run_id, settings.lease_seconds)
     context = JobContext(
         start.job_id,
         start.pipeline_id,
-        ArtifactStore(settings.artifact_url, settings.cache_dir, settings),
+        store,
         settings,
         get_logger("services.common.jobs").bind(job_id=start.job_id, pipeline_id=start.pipeline_id),
         lambda progress: outlet.send(Frame.PROGRESS, progress.SerializeToString()),
-        cancelled,
+        orders.stop,
         partial(limited_reading, settings, lambda field: outlet.send(Frame.READING, field.encode())),
+        lease.check,
     )
     message = resolve(start.request).FromString(request)
     function: Callable[[Any, JobContext], object] = resolve(start.function)
-    context.check_cancelled()
     try:
+        found = take_lease(lease, start, context, orders)
+        if found is not None:
+            return found
+
+        def leave() -> None:
+            outlet.send(Frame.FAILURE, _lost())
+            os._exit(0)
+
+        lease.keep(leave)
+        context.check_cancelled()
         result = function(message, context)
     finally:
         context.end_phase()
@@ -104,7 +151,7 @@ def _run(
     return result
 
 
-def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.Event) -> None:
+def run(start: StartFrame, request: bytes, outlet: Outlet, orders: Orders) -> None:
     """Run the job function and send how it ended."""
     log = get_logger("services.common.jobs")
     try:
@@ -114,10 +161,12 @@ def run(start: StartFrame, request: bytes, outlet: Outlet, cancelled: threading.
         configure_logging(settings.log_format, settings.log_level, fields)
         tracing.take_over(start.trace)
         with tracing.span(f"run {start.kind}", start.trace, granq_job_id=start.job_id):
-            result = _run(start, request, settings, outlet, cancelled)
+            result = _run(start, request, settings, outlet, orders)
     except CancelledError:
         log.info("job stopped on request")
         outlet.send(Frame.FAILURE, to_failure(CancelledError("the job was asked to stop")).SerializeToString())
+    except LeaseLostError:
+        outlet.send(Frame.FAILURE, _lost())
     except BaseException as error:  # Whatever ended the job, SystemExit too, the server must hear of it.
         log.exception("job failed")
         outlet.send(Frame.FAILURE, to_failure(error).SerializeToString())
@@ -130,10 +179,10 @@ def main() -> None:
     die_with_parent(int(sys.argv[1]))
     # The server alone decides when a job ends, so Ctrl-C at the terminal is not for this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cancelled = threading.Event()
+    orders = Orders()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        cancelled.set()
+        orders.stop.set()
 
     signal.signal(signal.SIGTERM, stop)
     inlet = os.fdopen(os.dup(0), "rb")
@@ -147,8 +196,8 @@ def main() -> None:
     first, second = wire.read(inlet), wire.read(inlet)
     if first is None or second is None:
         os._exit(1)
-    threading.Thread(target=listen, args=(inlet, cancelled), daemon=True, name="server").start()
-    run(StartFrame.model_validate_json(first[1]), second[1], outlet, cancelled)
+    threading.Thread(target=listen, args=(inlet, orders), daemon=True, name="server").start()
+    run(StartFrame.model_validate_json(first[1]), second[1], outlet, orders)
     tracing.shutdown_tracing()
     sys.stdout.flush()
     sys.stderr.flush()

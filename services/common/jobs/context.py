@@ -1,5 +1,6 @@
 """What a job function is given."""
 
+import base64
 import threading
 import time
 from collections.abc import Callable
@@ -7,10 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, SupportsFloat
 
 import structlog
+from pydantic import BaseModel
 
 from granq.v1 import artifacts_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
-from services.common.errors import CancelledError
+from services.common.errors import CancelledError, DataLossError, GranqError, InvalidArgumentError, NotFoundError
 from services.common.jobs.reading import Reading
 from services.common.settings import ServerSettings
 from services.common.tracing import Phases
@@ -22,6 +24,24 @@ REPORT_SECONDS = 0.2
 def checkpoint_ref(job_id: str) -> str:
     """Return the name under which the store holds a job's latest checkpoint."""
     return f"jobs/{job_id}/checkpoint"
+
+
+class CheckpointRecord(BaseModel):
+    """What the store keeps under that name.
+
+    Attributes:
+        form: Form of the file.
+        artifact: granq.v1.Artifact of the file, in base 64.
+        needs: Digests of the file and of what it refers to. What the store keeps is found by looking for digests.
+    """
+
+    form: str
+    artifact: str
+    needs: list[str]
+
+    def read(self) -> artifacts_pb2.Artifact:
+        """Return the file's artifact."""
+        return artifacts_pb2.Artifact.FromString(base64.b64decode(self.artifact))
 
 
 class JobContext:
@@ -36,6 +56,7 @@ class JobContext:
         send: Takes each progress that is to be told.
         cancelled: Set when the job must stop.
         limits: Sets the limits under which files from outside are read. Default: none.
+        check_lease: Raises when another process runs the job now.
     """
 
     def __init__(
@@ -48,6 +69,7 @@ class JobContext:
         send: Callable[[jobs_pb2.Progress], None],
         cancelled: threading.Event,
         limits: Reading = lambda _field, _size: nullcontext(),
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         self.job_id = job_id
         self.pipeline_id = pipeline_id
@@ -58,6 +80,7 @@ class JobContext:
         self._send = send
         self._cancelled = cancelled
         self.limits = limits
+        self._check_lease = check_lease
         self._lock = threading.Lock()
         self._phase: str | None = None
         self._spans = Phases()
@@ -125,12 +148,48 @@ class JobContext:
         """Return, or raise CancelledError when the job must stop. Call it every iteration."""
         if self._cancelled.is_set():
             raise CancelledError("the job was asked to stop")
+        self._check_lease()
 
-    def load_checkpoint(self) -> artifacts_pb2.Artifact | None:
-        """Return the artifact that `save_checkpoint` was last given for this job, in this or an earlier run."""
+    def load_checkpoint(self, form: str = "") -> artifacts_pb2.Artifact | None:
+        """Return the artifact that `save_checkpoint` was last given for this job, in this or an earlier run.
+
+        A checkpoint that cannot be used does not fail the job for ever: it is left out, which the log and the job's
+        progress tell, and the work begins anew. That is one of another form, and one whose files are gone or damaged.
+
+        Args:
+            form: Name of the form of checkpoints that the job's code reads and writes; changes when that does.
+        """
         data = self.store.get_ref(checkpoint_ref(self.job_id))
-        return None if data is None else artifacts_pb2.Artifact.FromString(data)
+        if data is None:
+            return None
+        try:
+            record = CheckpointRecord.model_validate_json(data)
+            if record.form != form:
+                raise InvalidArgumentError(f"it has the form {record.form!r}, and this version needs {form!r}")
+            artifact = record.read()
+            for digest in record.needs:
+                self.store.stat(digest)
+            self.store.local_path(artifact.digest)
+        except (ValueError, InvalidArgumentError, NotFoundError, DataLossError) as error:
+            why = error.message if isinstance(error, GranqError) else "it was written by another version"
+            self.log.warning("the checkpoint cannot be used; the job begins anew", why=why)
+            self.report(f"beginning anew without the last checkpoint: {why}")
+            return None
+        return artifact
 
-    def save_checkpoint(self, artifact: artifacts_pb2.Artifact) -> None:
-        """Make a stored artifact the one that a later run resumes from, in place of the last, at once."""
-        self.store.set_ref(checkpoint_ref(self.job_id), artifact.SerializeToString())
+    def save_checkpoint(self, artifact: artifacts_pb2.Artifact, form: str = "", needs: tuple[str, ...] = ()) -> None:
+        """Make a stored artifact the one that a later run resumes from, in place of the last, at once.
+
+        Args:
+            artifact: The checkpoint.
+            form: As for `load_checkpoint`.
+            needs: Digests of other artifacts that it refers to, which are kept as long as it is.
+        """
+        encoded = base64.b64encode(artifact.SerializeToString()).decode()
+        record = CheckpointRecord(form=form, artifact=encoded, needs=[artifact.digest, *needs])
+        self.store.set_ref(checkpoint_ref(self.job_id), record.model_dump_json().encode())
+
+    def drop_checkpoint(self, why: str) -> None:
+        """Have the next run begin anew."""
+        self.log.warning("checkpoint dropped", why=why)
+        self.store.delete_ref(checkpoint_ref(self.job_id))

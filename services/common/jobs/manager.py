@@ -23,6 +23,7 @@ from services.common.jobs.records import JobRecords, other_request, request_dige
 from services.common.jobs.run import Run
 from services.common.logs import get_logger
 from services.common.settings import ServerSettings
+from services.common.slots import Slots
 
 _MAX_QUEUED = 1024
 _MAX_HELD = 128
@@ -46,7 +47,7 @@ class JobManager:
         store: The artifact store, which also keeps requests, checkpoints and results of jobs.
         settings: The service's settings; the jobs' processes get them too.
         kinds: Job function of each kind, as a dotted path such as "services.quantizer.jobs:quantize".
-        max_running: Jobs that run at once; more wait in the order of their arrival.
+        max_running: Jobs that run at once; more wait, by their priority.
         kill_after: Seconds that a cancelled job has to notice, before its process is killed.
         on_success: Told the result of each run that ended with one.
     """
@@ -67,7 +68,7 @@ class JobManager:
         self._kill_after = kill_after
         self._on_success = on_success
         self._records = JobRecords(store)
-        self._slots = asyncio.Semaphore(max_running)
+        self._slots = Slots(max_running)
         self._runs: dict[str, Run] = {}
         self._active: dict[Run, _Active] = {}
         # Two equal starts at once must not begin two runs.
@@ -189,9 +190,10 @@ class JobManager:
         # Nothing happens where the process has ended by then.
         asyncio.get_running_loop().call_later(self._kill_after, process.kill)
 
-    async def _take_slot(self, active: _Active) -> None:
+    async def _take_slot(self, priority: int, active: _Active) -> None:
         """Wait in the queue; raises CancelledError when the run is to leave it."""
-        taking, leaving = asyncio.create_task(self._slots.acquire()), asyncio.create_task(active.leave_queue.wait())
+        taking = asyncio.create_task(self._slots.acquire((-priority, 0)))
+        leaving = asyncio.create_task(active.leave_queue.wait())
         await asyncio.wait((taking, leaving), return_when=asyncio.FIRST_COMPLETED)
         leaving.cancel()
         if not active.leave_queue.is_set():
@@ -214,7 +216,7 @@ class JobManager:
         queued, began = metrics.JOBS_QUEUED.labels(run.kind), time.monotonic()
         try:
             with queued.track_inprogress(), metrics.QUEUE_AGES.waiting(run.kind):
-                await self._take_slot(active)
+                await self._take_slot(run.key.priority, active)
             try:
                 began, waited = time.monotonic(), time.monotonic() - began
                 metrics.JOB_WAIT_SECONDS.labels(run.kind).observe(waited)
@@ -229,6 +231,8 @@ class JobManager:
         except Exception as error:
             self._note_failure(run, active.interruption or error)
         finally:
+            if active.process is not None:
+                await asyncio.to_thread(self._records.release, run.job_id, run.run_id)
             del self._active[run]
             metrics.JOBS.labels(run.kind, run.outcome).inc()
             metrics.JOB_SECONDS.labels(run.kind, run.outcome).observe(time.monotonic() - began)
@@ -252,7 +256,7 @@ class JobManager:
             run.fail(error)
 
     async def _run_process(self, run: Run, active: _Active, request: Message) -> jobs_pb2.JobResult:
-        process = await JobProcess.spawn(run.kind, self._kinds[run.kind], run.key, request, self._settings)
+        process = await JobProcess.spawn(run.kind, self._kinds[run.kind], run.key, request, self._settings, run.run_id)
         run.begin()
         _log.info("job began", kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id, pid=process.pid)
         active.process = process

@@ -8,7 +8,6 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from tempfile import TemporaryDirectory
 
 from google.protobuf.message import Message
 
@@ -16,6 +15,7 @@ from granq.v1 import common_pb2, jobs_pb2
 from services.common.errors import GranqError, InternalError, UnavailableError, as_granq_error, from_failure
 from services.common.jobs import wire
 from services.common.jobs.reading import death_while_reading
+from services.common.jobs.scratch import Scratch
 from services.common.jobs.wire import ENDS, Frame, StartFrame
 from services.common.metrics import add_sums
 from services.common.settings import ServerSettings
@@ -80,9 +80,7 @@ class JobProcess:
         read_seconds: Limit that the process has for reading a file from outside.
     """
 
-    def __init__(
-        self, kind: str, process: asyncio.subprocess.Process, scratch: TemporaryDirectory[str], read_seconds: float
-    ) -> None:
+    def __init__(self, kind: str, process: asyncio.subprocess.Process, scratch: Scratch, read_seconds: float) -> None:
         self._kind = kind
         self._read_seconds = read_seconds
         self._reading = ""
@@ -93,7 +91,7 @@ class JobProcess:
 
     @classmethod
     async def spawn(
-        cls, kind: str, function: str, key: jobs_pb2.JobKey, request: Message, settings: ServerSettings
+        cls, kind: str, function: str, key: jobs_pb2.JobKey, request: Message, settings: ServerSettings, run_id: str
     ) -> "JobProcess":
         """Begin a job's process and hand it the request.
 
@@ -108,12 +106,13 @@ class JobProcess:
             function=function,
             request=dotted(type(request)),
             settings=dotted(type(settings)),
+            run_id=run_id,
             settings_json=settings.model_dump_json(),
             trace=handover(),
         )
-        scratch: TemporaryDirectory[str] | None = None
+        scratch: Scratch | None = None
         try:
-            scratch = TemporaryDirectory(prefix="granq-job-", ignore_cleanup_errors=True)
+            scratch = await asyncio.to_thread(Scratch)
             transport, protocol = await asyncio.get_running_loop().subprocess_exec(
                 _Protocol,
                 sys.executable,
@@ -124,13 +123,13 @@ class JobProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env={**child_environment(), "TMPDIR": scratch.name},
+                env={**child_environment(), "TMPDIR": str(scratch.path)},
                 # A group of its own: signals to the server's group are not for it, and it ends with all it began.
                 start_new_session=True,
             )
         except OSError as error:
             if scratch is not None:
-                scratch.cleanup()
+                scratch.remove()
             cannot = UnavailableError("the server cannot start a process now", reason="NO_PROCESS")
             raise as_granq_error(error) or cannot from error
         made = asyncio.subprocess.Process(transport, protocol, asyncio.get_running_loop())
@@ -191,7 +190,7 @@ class JobProcess:
                 self._process.stdin.close()
             await asyncio.wait([errors], timeout=_LEAVE_SECONDS)
             errors.cancel()
-            await asyncio.to_thread(self._scratch.cleanup)
+            await asyncio.to_thread(self._scratch.remove)
         if isinstance(outcome, jobs_pb2.JobResult):
             return outcome
         raise outcome or death_while_reading(code, self._reading, self._read_seconds) or _death(code)

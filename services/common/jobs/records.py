@@ -7,6 +7,8 @@ from google.protobuf.message import Message
 from granq.v1 import jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import AlreadyExistsError
+from services.common.jobs.context import checkpoint_ref
+from services.common.jobs.lease import release_quietly
 
 
 def request_digest(kind: str, request: Message) -> str:
@@ -40,10 +42,11 @@ class JobRecords:
         Raises:
             AlreadyExistsError: It stands for another one.
         """
-        known = self._store.get_ref(f"jobs/{job_id}/request")
-        if known is None:
-            self._store.set_ref(f"jobs/{job_id}/request", digest.encode())
-        elif known.decode() != digest:
+        name = f"jobs/{job_id}/request"
+        known = self._store.get_ref(name)
+        if known is None and not self._store.create_ref(name, digest.encode()):
+            known = self._store.get_ref(name)  # another worker was asked at the same moment
+        if known is not None and known.decode() != digest:
             raise other_request(job_id)
 
     def load_success(self, job_id: str) -> tuple[jobs_pb2.Job, str] | None:
@@ -53,5 +56,10 @@ class JobRecords:
         return None if data is None or digest is None else (jobs_pb2.Job.FromString(data), digest.decode())
 
     def save_success(self, job: jobs_pb2.Job) -> None:
-        """Keep a job that ended with a result."""
+        """Keep a job that ended with a result; nobody resumes it any more."""
         self._store.set_ref(f"jobs/{job.key.job_id}/result", job.SerializeToString())
+        self._store.delete_ref(checkpoint_ref(job.key.job_id))
+
+    def release(self, job_id: str, run_id: str) -> None:
+        """Let other workers run a job, because the process of this run has ended."""
+        release_quietly(self._store, job_id, run_id)

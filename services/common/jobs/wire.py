@@ -49,6 +49,8 @@ class StartFrame(BaseModel):
     """Dotted path of the request's class."""
     settings: str
     """Dotted path of the settings' class."""
+    run_id: str = ""
+    """Run of the job, which owns its lease."""
     settings_json: str
     """The settings, so that the process need not read the environment again."""
     trace: dict[str, str] = {}

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from granq.v1 import jobs_pb2_grpc
 from services.common.errors import GranqError, UnavailableError
 from services.common.jobs import JobManager
+from services.common.jobs.scratch import remove_abandoned
 from services.common.jobs.servicer import JobServicer
 from services.common.logs import configure_logging, get_logger
 from services.common.memory import keep_freed_memory
@@ -104,6 +105,8 @@ class GrpcServer:
         async with AsyncExitStack() as stack:
             for resource in self._resources:
                 await stack.enter_async_context(resource)
+            if self._jobs is not None:
+                await asyncio.to_thread(remove_abandoned)
             pool = ThreadPoolExecutor(_PLAIN_HANDLER_THREADS, thread_name_prefix="handler")
             stack.callback(pool.shutdown, wait=False)
             server, names = self._assemble(pool)

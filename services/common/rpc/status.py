@@ -99,6 +99,9 @@ def status_to_error(error: grpc.RpcError) -> GranqError:
     if code is grpc.StatusCode.CANCELLED and not told:
         # A server that shuts down drops calls so. Nobody cancelled the work, and the next server will do it.
         return UnavailableError("the server dropped the call; try again", reason="CALL_DROPPED")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and not told:
+        # The call's own deadline: the peer was too slow, and may answer next time.
+        return UnavailableError(message, reason=code.name)
     return cls(message, reason=reason, field=field)
 
 

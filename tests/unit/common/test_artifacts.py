@@ -331,9 +331,15 @@ def test_abandoned_uploads_are_removed(local: ArtifactStore, folder: Path) -> No
         path.write_bytes(b"x")
     day_before_yesterday = time.time() - 2 * 24 * 3600
     os.utime(old, (day_before_yesterday, day_before_yesterday))
-    ArtifactStore(local.url)
-    assert not old.exists()
-    assert young.exists()
+    with local.writer() as writer:
+        writer.write(b"x")
+        (written,) = (path for path in (folder / "tmp").iterdir() if path not in (old, young))
+        os.utime(written, (day_before_yesterday, day_before_yesterday))
+        ArtifactStore(local.url)
+        assert not old.exists()
+        assert young.exists()
+        assert written.exists()
+        writer.commit()
 
 
 def test_blobs_are_read_only_on_disk(local: ArtifactStore) -> None:

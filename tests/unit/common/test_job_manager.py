@@ -296,6 +296,19 @@ async def test_queue_runs_in_order_and_can_be_left(new_manager: Callable[..., Jo
     assert (await end_of(manager, "c")).state == jobs_pb2.JOB_STATE_SUCCEEDED
 
 
+async def test_the_queue_goes_by_priority(new_manager: Callable[..., JobManager]) -> None:
+    manager = new_manager(max_running=1)
+    await start(manager, "until_cancelled", request("first"))
+    await first_progress(manager, "first")
+    for job_id, priority in (("low", -5), ("normal", 0), ("high", 7)):
+        asked = request(job_id)
+        asked.key.priority = priority
+        await start(manager, "count", asked)
+    await manager.cancel("first")
+    ends = {job_id: (await end_of(manager, job_id)).end_time.ToNanoseconds() for job_id in ("low", "normal", "high")}
+    assert sorted(ends, key=ends.__getitem__) == ["high", "normal", "low"]
+
+
 @pytest.mark.parametrize(("kind", "grace"), [("until_cancelled", 10.0), ("never_checks", 0.3)])
 async def test_close_ends_processes_but_fails_no_job(
     new_manager: Callable[..., JobManager], settings: ServerSettings, kind: str, grace: float

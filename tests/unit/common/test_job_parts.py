@@ -11,6 +11,7 @@ from granq.v1 import artifacts_pb2, common_pb2, generator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import AlreadyExistsError, CancelledError, UnavailableError
 from services.common.jobs import JobContext, wire
+from services.common.jobs.context import checkpoint_ref
 from services.common.jobs.records import JobRecords, request_digest
 from services.common.jobs.run import MAX_EVENTS, Run
 from services.common.jobs.wire import Frame
@@ -105,6 +106,42 @@ def test_checkpoint(recorder: Recorder) -> None:
         recorder.context.save_checkpoint(artifact)
         assert recorder.context.load_checkpoint() == artifact
     assert isinstance(recorder.context.load_checkpoint(), artifacts_pb2.Artifact)
+
+
+@pytest.mark.parametrize("wrong", ["form", "unversioned", "file gone", "file damaged", "file that it needs gone"])
+def test_a_checkpoint_that_cannot_be_used_is_left_out_and_told(recorder: Recorder, wrong: str, tmp_path: Path) -> None:
+    context, needed = recorder.context, recorder.context.store.put_bytes(b"generator")
+    artifact = context.store.put_bytes(b"state", "state")
+    context.save_checkpoint(artifact, "trainer/1", (needed.digest,))
+    assert context.load_checkpoint("trainer/1") == artifact
+    assert not recorder.sent
+    context.store._verified.clear()
+    form = "trainer/1"
+    blobs = {each.digest: next(tmp_path.rglob(each.digest.removeprefix("sha256:"))) for each in (artifact, needed)}
+    match wrong:
+        case "form":
+            form = "trainer/2"
+        case "unversioned":
+            context.store.set_ref(checkpoint_ref("job"), artifact.SerializeToString())
+        case "file gone":
+            blobs[artifact.digest].unlink()
+        case "file damaged":
+            blobs[artifact.digest].chmod(0o644)
+            blobs[artifact.digest].write_bytes(b"stale")
+        case "file that it needs gone":
+            blobs[needed.digest].unlink()
+    assert context.load_checkpoint(form) is None
+    (told,) = recorder.sent
+    assert told.phase.startswith("beginning anew")
+
+
+def test_a_checkpoint_whose_store_is_away_is_not_left_out(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(name: str) -> bytes:
+        raise UnavailableError("the artifact store failed")
+
+    monkeypatch.setattr(recorder.context.store, "get_ref", away)
+    with pytest.raises(UnavailableError):
+        recorder.context.load_checkpoint()
 
 
 @pytest.mark.parametrize("payload", [b"", b"x", bytes(100_000)])

@@ -16,6 +16,7 @@ from services.common.errors import (
     InternalError,
     InvalidArgumentError,
 )
+from services.common.slots import Place
 from services.coordinator.bundle import build_report
 from services.coordinator.calls import DatabaseCalls
 from services.coordinator.devices.pool import Placement, Wait
@@ -49,10 +50,17 @@ class PromptWorkers:
         self.refusals: dict[str, GranqError] = {}
         self.engine_refusal: GranqError | None = None
         self.started: list[str] = []
+        self.keys: list[jobs_pb2.JobKey] = []
+        self.cancelled: list[str] = []
+        self.hangs = False
+        self.resume = asyncio.Event()
 
     async def start(self, call: JobCall) -> jobs_pb2.Job:
         kind = call.request.DESCRIPTOR.name
         self.started.append(kind)
+        self.keys.append(call.request.key)
+        if self.hangs:
+            await self.resume.wait()
         if kind in self.refusals:
             raise self.refusals[kind]
         if call.engine and self.engine_refusal is not None:
@@ -68,6 +76,7 @@ class PromptWorkers:
         raise AssertionError
 
     async def cancel(self, worker: str, job_id: str, timeout_seconds: float) -> jobs_pb2.Job:
+        self.cancelled.append(job_id)
         return jobs_pb2.Job(state=SUCCEEDED)
 
 
@@ -89,20 +98,25 @@ def workers(store: ArtifactStore) -> PromptWorkers:
     return PromptWorkers(store)
 
 
+def _jobs(database: Database, workers: PromptWorkers, threads: Threads, **pools: int) -> PipelineJobs:
+    return PipelineJobs(
+        repository=database.repository,
+        transitions=database.transitions,
+        calls=DatabaseCalls(threads),
+        places=NoDevices(workers),
+        running=workers,
+        patience=Patience(60, 3),
+        pools=pools,
+    )
+
+
 @pytest.fixture
 def driver(sqlite: Database, store: ArtifactStore, workers: PromptWorkers, threads: Threads) -> PipelineDriver:
     return PipelineDriver(
         repository=sqlite.repository,
         transitions=sqlite.transitions,
         calls=DatabaseCalls(threads),
-        jobs=PipelineJobs(
-            repository=sqlite.repository,
-            transitions=sqlite.transitions,
-            calls=DatabaseCalls(threads),
-            places=NoDevices(workers),
-            running=workers,
-            patience=Patience(60, 3),
-        ),
+        jobs=_jobs(sqlite, workers, threads),
         build_report=partial(build_report, store),
         report_threads=threads,
     )
@@ -110,6 +124,9 @@ def driver(sqlite: Database, store: ArtifactStore, workers: PromptWorkers, threa
 
 @asynccontextmanager
 async def _engine(database: Database, driver: PipelineDriver) -> AsyncIterator[WorkflowEngine]:
+    async def place_of(pipeline_id: str) -> Place:
+        return await asyncio.to_thread(database.repository.place, pipeline_id)
+
     made = WorkflowEngine(
         url=database.url,
         executor_id=ME,
@@ -117,6 +134,7 @@ async def _engine(database: Database, driver: PipelineDriver) -> AsyncIterator[W
         steps=STAGES,
         run_step=driver.run_stage,
         max_running=100,
+        place_of=place_of,
     )
     made.launch()
     try:
@@ -170,6 +188,57 @@ async def test_only_a_missing_runtime_is_borne(
     assert (pipeline.state in ENDED) == (outcome == FAILED)
     assert len(pipeline.results.engines) == (outcome == CONTINUE)
     assert sqlite.repository.open_jobs(name) == []
+
+
+async def test_a_pipeline_whose_time_is_up_fails_and_a_retry_has_as_much_again(
+    sqlite: Database, driver: PipelineDriver, workers: PromptWorkers
+) -> None:
+    made = spec()
+    made.max_duration.FromSeconds(1)
+    name = sqlite.repository.create(made, "", ME)[0].pipeline_id
+    assert await driver.run_stage(name, 1, Stage.STAGE_VALIDATE) == CONTINUE
+    workers.hangs = True
+    assert await driver.run_stage(name, 1, Stage.STAGE_SYNTHESIZE) == FAILED
+    pipeline = sqlite.repository.get(name).pipeline
+    assert pipeline.end_time.ToMilliseconds() - pipeline.create_time.ToMilliseconds() >= 1000
+    assert (pipeline.failure.code, pipeline.failure.reason) == (4, "PIPELINE_DEADLINE")
+    assert pipeline.failure.field == "spec.max_duration"
+    assert [call for call in workers.cancelled if call.startswith(f"{name}-synthesize")]
+    workers.hangs = False
+    attempt = sqlite.transitions.retry(name, ME)
+    assert await driver.run_stage(name, attempt, Stage.STAGE_SYNTHESIZE) == CONTINUE
+
+
+async def test_a_pool_has_no_more_jobs_than_allowed_and_they_go_by_priority(
+    sqlite: Database, store: ArtifactStore, workers: PromptWorkers, threads: Threads
+) -> None:
+    driver = PipelineDriver(
+        repository=sqlite.repository,
+        transitions=sqlite.transitions,
+        calls=DatabaseCalls(threads),
+        jobs=_jobs(sqlite, workers, threads, quantizer=1),
+        build_report=partial(build_report, store),
+        report_threads=threads,
+    )
+    names = {}
+    for priority in (0, -3, 9, 4):
+        made = spec()
+        made.priority = priority
+        names[priority] = sqlite.repository.create(made, "", ME)[0].pipeline_id
+    workers.hangs = True
+    running = [asyncio.create_task(driver.run_stage(name, 1, Stage.STAGE_VALIDATE)) for name in names.values()]
+    pool = driver._jobs._pools["quantizer"]
+    async with asyncio.timeout(10):
+        while len(pool._waiting) < len(names) - 1:
+            await asyncio.sleep(0.01)
+    assert len(workers.keys) == 1
+    first = workers.keys[0].pipeline_id
+    workers.hangs = False
+    workers.resume.set()
+    await asyncio.gather(*running)
+    order = [key.pipeline_id for key in workers.keys]
+    assert order[1:] == [names[priority] for priority in (9, 4, 0, -3) if names[priority] != first]
+    assert {key.pipeline_id: key.priority for key in workers.keys} == {name: p for p, name in names.items()}
 
 
 async def test_a_defect_fails_the_pipeline_without_telling_its_text(

@@ -40,6 +40,10 @@ class Steps:
         return "enough" if step == self._ends_at else CONTINUE
 
 
+async def _place_of(pipeline_id: str) -> tuple[int, int]:
+    return {"urgent": (-10, 9), "unimportant": (10, 0)}.get(pipeline_id, (0, 0))
+
+
 @asynccontextmanager
 async def _engine(
     folder: Path, run: Callable[[str, int, int], Coroutine[Any, Any, str]], version: str = "1", max_running: int = 8
@@ -51,6 +55,7 @@ async def _engine(
         steps=STEPS,
         run_step=run,
         max_running=max_running,
+        place_of=_place_of,
     )
     made.launch()
     try:
@@ -167,3 +172,24 @@ async def test_nothing_is_pickled(tmp_path: Path) -> None:
         kinds |= set(connection.scalars(text("SELECT serialization FROM operation_outputs")))
     tables.dispose()
     assert kinds == {"portable_json"}
+
+
+async def test_those_that_wait_go_by_their_place(tmp_path: Path) -> None:
+    steps, blocked = Steps(blocked_at=1), asyncio.Event()
+
+    async def run(pipeline_id: str, attempt: int, step: int) -> str:
+        if pipeline_id == "first" and step == 1:
+            await blocked.wait()
+        steps.ran.append((pipeline_id, attempt, step))
+        return CONTINUE
+
+    async with _engine(tmp_path, run, max_running=1) as engine:
+        for name in ("first", "unimportant", "second", "urgent"):
+            await engine.start(name, 1)
+            async with asyncio.timeout(10):
+                while not engine.running(name, 1):
+                    await asyncio.sleep(0.01)
+        blocked.set()
+        for name in ("first", "unimportant", "second", "urgent"):
+            await _until_ended(engine, name, 1)
+    assert [name for name, _, step in steps.ran if step == 1] == ["first", "urgent", "second", "unimportant"]

@@ -70,7 +70,7 @@ def test_only_ended_pipelines_are_deleted_with_all_that_is_theirs(database: Data
         database.repository.delete(name)
     database.transitions.request_cancel(name)
     database.transitions.finish_cancel(name)
-    assert name in database.repository.cancelled_with_jobs()
+    assert name in database.repository.ended_with_jobs()
     assert database.repository.delete(name) == 1
     assert database.sequences(name) == []
     assert database.repository.open_jobs(name) == []

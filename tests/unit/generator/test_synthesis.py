@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from granq.v1 import common_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
+from services.generator import states
 from services.generator.states import Effort, load_state, save_state
 from services.generator.synthesis import SynthesisParameters, Synthesizer
 from tests.support.models import Residual, captured
@@ -101,13 +102,19 @@ def test_state_goes_on_bit_for_bit(drawn: bool, tmp_path_factory: pytest.TempPat
     assert _equal(undisturbed, resumed)
 
 
-def test_foreign_states_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_foreign_states_are_refused(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ArtifactStore(tmp_path_factory.mktemp("store").as_uri())
     artifact = save_state(store, _synthesizer(), {"model": "a", "seed": 3}, Effort())
     with pytest.raises(InvalidArgumentError) as caught:
         load_state(store, artifact, _synthesizer(), {"model": "b", "seed": 3})
     assert caught.value.reason == "STATE_MISMATCH"
     assert "model" in caught.value.message
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "FORM", "generator/of-another-version")
+        later = save_state(store, _synthesizer(), {"model": "a", "seed": 3}, Effort())
+    with pytest.raises(InvalidArgumentError, match="of-another-version") as caught:
+        load_state(store, later, _synthesizer(), {"model": "a", "seed": 3})
+    assert caught.value.reason == "STATE_MISMATCH"
     with pytest.raises(InvalidArgumentError) as caught:
         load_state(store, store.put_bytes(b"not a state"), _synthesizer(), {})
     assert caught.value.reason == "STATE_INVALID"

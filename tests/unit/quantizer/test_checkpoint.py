@@ -1,13 +1,18 @@
 """Files of the quantizer in the store."""
 
+import hashlib
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from services.common.artifacts import ArtifactStore
-from services.quantizer.checkpoint import load_student, save_student
-from services.quantizer.config import Quantization
+from services.quantizer.batches import Batch, ReplaySource
+from services.quantizer.calibrate import calibrate
+from services.quantizer.checkpoint import FORM, load_student, save_checkpoint, save_student
+from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.student import build_student
+from services.quantizer.training import Trainer
 from tests.support.models import Residual, captured
 
 DIGEST = "sha256:" + "a" * 64
@@ -25,3 +30,32 @@ def test_the_same_student_is_always_the_same_artifact(tmp_path: Path) -> None:
     assert formats == quantization
     for name, value in student.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_checkpoint_that_holds_something_else_has_another_form(tmp_path: Path) -> None:
+    """A worker of another version may find it: then it must begin anew, and not fail or train something else."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape = (3, 8, 8)
+    student = build_student(captured(Residual(), shape), Quantization(weight_bits=4, activation_bits=4))
+    images = Batch(torch.randn(8, *shape), torch.randint(0, 10, (8,)), torch.randn(8, 10))
+    calibrate(student, images.images)
+    training = Training(
+        co_train=False,
+        epochs=1,
+        iterations_per_epoch=2,
+        warmup_epochs=0,
+        batch_size=4,
+        learning_rate=0.01,
+        feature_weight=0.0,
+    )
+    source = ReplaySource(images, training.batch_size, training.seed, torch.device("cpu"))
+    trainer = Trainer(student, training, GeneratorLosses(), source)
+    for _ in trainer.run(lambda progress: None):
+        pass
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    saved = save_checkpoint(store, trainer, 1.0, {})
+    with safe_open(store.local_path(saved.artifact.digest), framework="pt") as file:
+        content = sorted([*file.keys(), *(f"metadata {key}" for key in file.metadata())])
+    digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
+    assert (FORM, digest) == ("quantizer/1", "4134371224aa"), "give FORM another number, then note both here"

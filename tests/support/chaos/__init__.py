@@ -1,0 +1,1 @@
+"""A deployment, and a monkey that breaks it."""
