@@ -12,6 +12,7 @@ from granq.v1 import common_pb2, generator_pb2
 from services.common.errors import ResourceExhaustedError, UnavailableError, from_failure
 from services.common.jobs.process import child_environment
 from services.common.jobs.reading import death_while_reading
+from services.common.jobs.scratch import Scratch
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
 from services.common.metrics import CHILDREN
@@ -29,10 +30,14 @@ class JointSession:
         process: The process.
         pipes: Its standard input and output.
         read_seconds: Limit that the process has for reading a file from outside.
+        scratch: Its folder for temporary files; libraries make some. It goes with the process.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, pipes: FramePipes, read_seconds: float) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, pipes: FramePipes, read_seconds: float, scratch: Scratch
+    ) -> None:
         self._process = process
+        self._scratch = scratch
         self._read_seconds = read_seconds
         self._reading = ""
         self._pipes = pipes
@@ -54,7 +59,9 @@ class JointSession:
             settings_json=settings.model_dump_json(),
         )
         pipes: FramePipes | None = None
+        scratch: Scratch | None = None
         try:
+            scratch = await asyncio.to_thread(Scratch)
             pipes = FramePipes()
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -64,19 +71,21 @@ class JointSession:
                 str(os.getpid()),
                 stdin=pipes.child_in,
                 stdout=pipes.child_out,
-                env=child_environment(),
+                env={**child_environment(), "TMPDIR": str(scratch.path)},
                 start_new_session=True,
             )
         except BaseException as error:
             if pipes is not None:
                 pipes.close()
+            if scratch is not None:
+                scratch.remove()
             if isinstance(error, OSError):
                 raise UnavailableError("the server cannot start a process now", reason="NO_PROCESS") from error
             raise
         finally:
             if pipes is not None:
                 pipes.drop_child_ends()
-        session = cls(process, pipes, settings.read_seconds)
+        session = cls(process, pipes, settings.read_seconds, scratch)
         try:
             await session._write(Frame.START, start.model_dump_json().encode())
             await session._write(Frame.REQUEST, opening.SerializeToString())
@@ -135,6 +144,7 @@ class JointSession:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._pipes.close()
         await self._process.wait()
+        await asyncio.to_thread(self._scratch.remove)
 
 
 class JointSessions:

@@ -34,9 +34,11 @@ class Scratch:
         self.path = fresh.rename(root / fresh.name.removeprefix("."))
 
     def remove(self) -> None:
-        """Remove the folder; what cannot be removed now is left to the next start of a server."""
+        """Remove the folder; what cannot be removed now is left to the next start of a server. May be repeated."""
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
 
 def remove_abandoned() -> None:
