@@ -7,6 +7,7 @@ stopped within their grace and went on after it.
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -177,4 +178,5 @@ def tell(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and with it all that was started
     main()
