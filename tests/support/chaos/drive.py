@@ -22,6 +22,8 @@ _PASSING = (
     grpc.StatusCode.UNKNOWN,
 )
 
+_AFTER_FAILURE_SECONDS = 5.0
+
 
 @dataclass
 class Driven:
@@ -85,6 +87,9 @@ def drive(deployment: Deployment, count: int, at_once: int, prefix: str, seconds
                     submit = lambda: client.submit(deployment.specs[spec], request_id=f"{prefix}-{number}")  # noqa: B023, E731
                     pipeline, interruptions = follow(client, insist(submit, deadline).pipeline_id, deadline)
                     driven[number] = Driven(spec, pipeline, None, interruptions)
+                    if pipeline.state == State.PIPELINE_STATE_FAILED:
+                        # As somebody who looks why first: else all pipelines meet their end on the same full disk.
+                        time.sleep(_AFTER_FAILURE_SECONDS)
         except BaseException as error:  # told in the main thread
             errors.append(error)
 

@@ -156,7 +156,9 @@ class Monkey:
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(os.urandom(_MIB))
-            self._ending.wait(self._seconds())
+            self._ending.wait(
+                self._seconds() / 4
+            )  # short: each job that writes meanwhile fails, which ends its pipeline
         finally:
             filler.unlink()
         return True
