@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -161,11 +162,12 @@ def run_all(
     deployments: list[rig.Deployment], counts: dict[int, tuple[int, int]], seconds: float
 ) -> list[list[Driven]]:
     """Drive the pipelines of all deployments at once."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(deployments)) as pool:
+    pool = ThreadPoolExecutor(len(deployments))
+    try:
         running = [pool.submit(drive, each, *counts[id(each)], "chaos", seconds) for each in deployments]
         return [each.result() for each in running]
+    finally:
+        pool.shutdown(wait=False)  # who ends the run must not wait for pipelines
 
 
 def tell(
