@@ -138,14 +138,15 @@ async def test_equals_a_single_process(server: GrpcServer, model: common_pb2.Mod
         pending = reference._pending
         assert pending is not None
         # One graph from the student's loss through images and teacher into the generator, as one process would have it.
+        # The student gets images N×C×H×W in memory, as a message has them, for convolutions to add in the same order.
         student.requires_grad_(False)
-        loss = student.generator_loss(pending.images, pending.logits, pending.labels) + pending.bn_loss
+        loss = student.generator_loss(pending.images.contiguous(), pending.logits, pending.labels) + pending.bn_loss
         reference._optimizer.zero_grad()
         loss.backward()
         student.requires_grad_(True)
         reference._optimizer.step()
         reference._pending, reference.iteration = None, step + 1
-        student.learn(batch.images, batch.logits)
+        student.learn(batch.images.contiguous(), batch.logits)
 
     assert client.iterations == list(range(20))
     for mine, theirs in zip(client.student.parameters(), student.parameters(), strict=True):
