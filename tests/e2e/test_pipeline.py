@@ -256,7 +256,7 @@ def refused(
         spec.model.CopyFrom(granq.model_source(artifact, **case.source))
         submitted[name] = deployment.client.submit(spec).pipeline_id, marker
     return {
-        name: (deployment.client.wait(pipeline_id, timeout=60), marker)
+        name: (deployment.client.wait(pipeline_id, timeout=240), marker)
         for name, (pipeline_id, marker) in submitted.items()
     }
 
@@ -273,8 +273,6 @@ def test_unusable_models_are_refused_before_anything_is_computed(
     assert case.words in failure.message
     assert not pipeline.results.ListFields()
     assert not marker.exists()
-    # All of them together took less than this.
-    assert pipeline.end_time.ToSeconds() - pipeline.create_time.ToSeconds() < 40
 
 
 def test_servers_outlive_unusable_models(
