@@ -6,6 +6,7 @@ no device is free, or when no device will ever do; what that one says of it then
 
 import asyncio
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Placement:
 @dataclass(eq=False)
 class _Waiter:
     need: Need
+    priority: int
     away_since: float | None = field(default=None)
 
 
@@ -126,8 +128,8 @@ class DevicePool:
             return Placement(self._evaluator.workers)
         if await self._calls.insist(self._table.place, pipeline_id, call.job_id) is Place.EVALUATOR:
             return Placement(self._evaluator.workers)
-        waiter, told = _Waiter(need), ""
-        self._waiters.append(waiter)
+        waiter, told = _Waiter(need, call.request.key.priority), ""
+        insort(self._waiters, waiter, key=lambda other: -other.priority)
         try:
             while True:
                 self._moved = self._moved if not self._moved.is_set() else asyncio.Event()
@@ -167,7 +169,7 @@ class DevicePool:
         return [device for device in self._devices if not waiter.need.unmet(device.info)]
 
     def _plan(self) -> dict[_Waiter, DeviceRecord]:
-        """Return who gets which of the free devices: whoever waits longest has the first choice."""
+        """Return who gets which of the free devices, by priority; among equals, whoever waits longest chooses first."""
         free = {d.device_id: d for d in self._devices if self.state(d)[0] == State.DEVICE_STATE_READY}
         plan: dict[_Waiter, DeviceRecord] = {}
         for waiter in self._waiters:

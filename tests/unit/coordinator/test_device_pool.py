@@ -82,11 +82,11 @@ class Case:
         self.table.register(info, INSTANCE, "")
         await self.pool.changed()
 
-    def acquire(self, job: str, **target: object) -> "asyncio.Task[Placement]":
+    def acquire(self, job: str, priority: int = 0, **target: object) -> "asyncio.Task[Placement]":
         async def wait(text: str) -> None:
             self.told.setdefault(job, []).append(text)
 
-        return asyncio.create_task(self.pool.acquire(build(job, **target), "pipeline", wait))
+        return asyncio.create_task(self.pool.acquire(build(job, priority, **target), "pipeline", wait))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -94,10 +94,10 @@ class Case:
                 await asyncio.sleep(0.005)
 
 
-def build(job: str, **target: object) -> JobCall:
+def build(job: str, priority: int = 0, **target: object) -> JobCall:
     values = {"name": "orin", "runtime": TRT, "platform": "linux-aarch64"} | target
     request = evaluator_pb2.StartBuildEngineRequest(
-        key=jobs_pb2.JobKey(job_id=job),
+        key=jobs_pb2.JobKey(job_id=job, priority=priority),
         target=common_pb2.EngineTarget(**values),  # type: ignore[arg-type]
     )
     return JobCall("evaluator", request)
@@ -140,6 +140,21 @@ async def test_who_waits_longest_is_served_first(case: Case) -> None:
         await case.pool.release(previous)
         assert (await task).device_id == "nano"
     assert case.pool.counts()[1] == {}
+
+
+async def test_a_higher_priority_goes_before_those_who_wait_longer(case: Case) -> None:
+    await case.device("nano")
+    assert (await case.acquire("running")).device_id == "nano"
+    ordinary = case.acquire("ordinary")
+    await case.until(lambda: "ordinary" in case.told)
+    urgent = case.acquire("urgent", priority=5)
+    await case.until(lambda: "urgent" in case.told)
+    await case.until(lambda: case.told["ordinary"][-1].endswith("; place 2 in the queue"))
+    await case.pool.release("running")
+    assert (await urgent).device_id == "nano"
+    assert not ordinary.done()
+    await case.pool.release("urgent")
+    assert (await ordinary).device_id == "nano"
 
 
 async def test_a_new_device_is_taken_by_the_first_that_it_fits(case: Case) -> None:
