@@ -78,29 +78,45 @@ class JobManager:
     async def start(self, kind: str, key: jobs_pb2.JobKey, request: Message) -> jobs_pb2.Job:
         """Begin a job, attach to the one that runs, or return the one that succeeded; resume one that did not.
 
+        One that was cancelled and has not ended yet is resumed as soon as it has.
+
         Raises:
             AlreadyExistsError: The id belongs to another request.
             ResourceExhaustedError: Too many jobs wait.
             UnavailableError: The server is about to end, or the store cannot be reached.
         """
         digest = request_digest(kind, request)
-        async with self._lock:
-            run = await self._find(key.job_id)
-            if run is not None and run.digest != digest:
-                raise other_request(key.job_id)
-            if run is not None and not run.restartable:
-                return run.snapshot()
-            if self._closing:
-                raise self._stopping()
-            if len(self._active) >= _MAX_QUEUED:
-                raise ResourceExhaustedError(f"{_MAX_QUEUED} jobs are waiting already; try later", reason="QUEUE_FULL")
-            await asyncio.to_thread(self._records.claim, key.job_id, digest)
-            self._runs.pop(key.job_id, None)
-            run = self._runs[key.job_id] = Run(kind, key, digest)
-            active = self._active[run] = _Active()
-            active.task = asyncio.create_task(self._traced(run, active, request), name=f"job {key.job_id}")
-            self._forget_oldest()
+        while True:
+            async with self._lock:
+                ending = self._ending(key.job_id, digest)
+                if ending is None:
+                    return await self._start(kind, key, request, digest)
+            # Whoever starts a job that was cancelled a moment ago wants it to go on, not to hear of its end.
+            await asyncio.wait((ending,))
+
+    def _ending(self, job_id: str, digest: str) -> asyncio.Task[None] | None:
+        """Return the task of a run of this job that was cancelled and has not ended."""
+        run = self._runs.get(job_id)
+        active = self._active.get(run) if run is not None and run.cancelling and run.digest == digest else None
+        return None if active is None else active.task
+
+    async def _start(self, kind: str, key: jobs_pb2.JobKey, request: Message, digest: str) -> jobs_pb2.Job:
+        run = await self._find(key.job_id)
+        if run is not None and run.digest != digest:
+            raise other_request(key.job_id)
+        if run is not None and not run.restartable:
             return run.snapshot()
+        if self._closing:
+            raise self._stopping()
+        if len(self._active) >= _MAX_QUEUED:
+            raise ResourceExhaustedError(f"{_MAX_QUEUED} jobs are waiting already; try later", reason="QUEUE_FULL")
+        await asyncio.to_thread(self._records.claim, key.job_id, digest)
+        self._runs.pop(key.job_id, None)
+        run = self._runs[key.job_id] = Run(kind, key, digest)
+        active = self._active[run] = _Active()
+        active.task = asyncio.create_task(self._traced(run, active, request), name=f"job {key.job_id}")
+        self._forget_oldest()
+        return run.snapshot()
 
     async def get(self, job_id: str) -> jobs_pb2.Job:
         """Return a job as it is now, or raise NotFoundError."""

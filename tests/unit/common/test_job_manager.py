@@ -231,11 +231,15 @@ async def test_cancel_of_a_deaf_process(manager: JobManager, stopped: bool) -> N
     assert is_gone(pid)
 
 
-async def test_cancelled_job_begins_anew(manager: JobManager) -> None:
+@pytest.mark.parametrize("ended", [True, False])
+async def test_cancelled_job_begins_anew(manager: JobManager, ended: bool) -> None:
     first = await start(manager, "until_cancelled", request("a"))
+    pid = (await first_progress(manager, "a")).step
     await manager.cancel("a")
-    assert (await end_of(manager, "a")).state == jobs_pb2.JOB_STATE_CANCELLED
+    if ended:
+        assert (await end_of(manager, "a")).state == jobs_pb2.JOB_STATE_CANCELLED
     second = await start(manager, "until_cancelled", request("a"))
+    assert is_gone(pid)
     assert second.run_id != first.run_id
     assert second.state == jobs_pb2.JOB_STATE_QUEUED
 
