@@ -170,8 +170,8 @@ class WorkflowEngine:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        # In a thread, because it joins threads that may be waiting for this loop; and with a pool of its own, because
-        # DBOS put its pool, which ends here, in the place of the loop's default one.
+        # DBOS put its pool, which ends here, in the place of the loop's default one, which others go on to use.
         loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(thread_name_prefix="default")
-        await loop.run_in_executor(pool, partial(DBOS.destroy, destroy_registry=True))
         loop.set_default_executor(pool)
+        # In a thread, because it joins threads that may be waiting for this loop.
+        await loop.run_in_executor(pool, partial(DBOS.destroy, destroy_registry=True))
