@@ -254,7 +254,14 @@ def test_a_bundle_cannot_write_outside_its_folder(
 def test_ctrl_c_leaves_the_pipeline_running(fake: FakeCoordinator, address: str) -> None:
     fake.add("p", events=2, state=coordinator_pb2.PIPELINE_STATE_RUNNING)
     command = [sys.executable, "-m", "granq.cli", "pipelines", "watch", "p", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background of a shell hands on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)

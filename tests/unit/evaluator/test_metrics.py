@@ -12,13 +12,14 @@ def figure(name: str, **labels: str) -> float | None:
 
 def test_a_built_engine() -> None:
     before = figure("granq_engine_build_seconds_count", runtime="tensorrt_rtx") or 0.0
+    quick = figure("granq_engine_build_seconds_bucket", runtime="tensorrt_rtx", le="15.0") or 0.0
     manifest = reports_pb2.EngineManifest(
         engine=artifacts_pb2.Artifact(size_bytes=1000), runtime=common_pb2.RUNTIME_TENSORRT_RTX
     )
     built = reports_pb2.EngineBuildResult(manifest=manifest, int8_layers=9, total_layers=10, seconds=30)
     observe(jobs_pb2.JobResult(engine=built))
     assert figure("granq_engine_build_seconds_count", runtime="tensorrt_rtx") == before + 1
-    assert figure("granq_engine_build_seconds_bucket", runtime="tensorrt_rtx", le="15.0") == 0
+    assert figure("granq_engine_build_seconds_bucket", runtime="tensorrt_rtx", le="15.0") == quick
     assert figure("granq_engine_int8_layers_ratio", runtime="tensorrt_rtx") == 0.9
     assert figure("granq_engine_size_bytes", runtime="tensorrt_rtx") == 1000
 
