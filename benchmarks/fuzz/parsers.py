@@ -1,9 +1,7 @@
 """The parsers of files and messages from outside, with valid inputs and the errors by which they may refuse others."""
 
-import io
 import json
 import struct
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from google.protobuf.message import DecodeError
-from PIL import Image
 from safetensors.torch import save
 
+from benchmarks.fuzz import seeds
 from benchmarks.fuzz.mutation import Mutate, in_bytes, in_json, in_text, in_zip, one_of
 from granq import recipes, targets
 from granq.engines.files import find_engines
@@ -77,21 +75,6 @@ def _written(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], ob
     return parse
 
 
-def _state() -> dict[str, torch.Tensor]:
-    return {
-        "a.weight": torch.randn(4, 3),
-        "a.running_var": torch.ones(4),
-        "b": torch.arange(3),
-        "c": torch.ones(2).half(),
-    }
-
-
-def _saved(value: object, *, zipped: bool) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
-    return buffer.getvalue()
-
-
 def _read_weights(path: Path) -> None:
     found = detect_format(path)
     if found != common_pb2.MODEL_FORMAT_TORCH_EXPORT:
@@ -142,54 +125,14 @@ def _dataset(folder: Path, kind: str, name: str) -> Callable[[bytes], object]:
     return _written(path, read)
 
 
-def _npz(compressed: bool) -> bytes:
-    buffer = io.BytesIO()
-    write = np.savez_compressed if compressed else np.savez
-    write(buffer, images=np.zeros((4, 4, 4, 3), np.uint8), labels=np.arange(4))
-    return buffer.getvalue()
-
-
-def _picture(form: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).save(buffer, form)
-    return buffer.getvalue()
-
-
-def _shard() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content in (
-            ("a.png", _picture("PNG")),
-            ("a.cls", b"1"),
-            ("b.jpg", _picture("JPEG")),
-            ("b.cls", b"2"),
-        ):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
 def _request(data: bytes) -> None:
     request = coordinator_pb2.SubmitPipelineRequest.FromString(data)
     validate(request)
     check_spec(request.spec, cast("Any", _Stored(Path())))
 
 
-def _spec() -> bytes:
-    spec = recipes.load("deployable/default")
-    spec.model.artifact.digest = "sha256:" + "0" * 64
-    spec.engines.add().CopyFrom(targets.load("jetson-orin-nano").engine)
-    return coordinator_pb2.SubmitPipelineRequest(request_id="nightly", spec=spec).SerializeToString()
-
-
 def _tensor(data: bytes) -> None:
     from_tensor(common_pb2.Tensor.FromString(data), "images")
-
-
-def _cifar(root: Path) -> bytes:
-    cifar_files.binary(root / "seed", *cifar_files.images_and_labels(3, 10), coarse=False)
-    return (root / "seed").read_bytes()
 
 
 def _manifest(folder: Path) -> Parser:
@@ -244,12 +187,12 @@ def parsers(folder: Path) -> Iterator[tuple[str, Callable[[], Parser]]]:
         parse = _written(folder / "set", lambda path: read_synthetic_set(path, (3, 4, 4), 10))
         return Parser([save(tensors)], in_bytes, parse)
 
-    zipped = [_saved(_state(), zipped=True), _saved({"state_dict": _state()}, zipped=True)]
+    zipped = [seeds.saved(seeds.state(), zipped=True), seeds.saved({"state_dict": seeds.state()}, zipped=True)]
     yaml = ["deployable/default", "simulated/cifar10-resnet20-w3a3"]
     yield "torch.export program (.pt2)", model
     yield "state dict, zip", lambda: weights(zipped, one_of(in_bytes, in_zip(lambda _: in_bytes)))
-    yield "state dict, plain pickle", lambda: weights([_saved(_state(), zipped=False)], in_bytes)
-    yield "safetensors weights", lambda: weights([save(_state())], in_bytes)
+    yield "state dict, plain pickle", lambda: weights([seeds.saved(seeds.state(), zipped=False)], in_bytes)
+    yield "safetensors weights", lambda: weights([save(seeds.state())], in_bytes)
     yield "synthetic set", synthetic
     yield "ONNX graph", onnx
     yield "device package (.granq)", package
@@ -257,10 +200,12 @@ def parsers(folder: Path) -> Iterator[tuple[str, Callable[[], Parser]]]:
     yield (
         "NumPy archive",
         lambda: Parser(
-            [_npz(False), _npz(True)], one_of(in_bytes, in_zip(lambda _: in_bytes)), _dataset(folder, "NPZ", "x.npz")
+            [seeds.npz(False), seeds.npz(True)],
+            one_of(in_bytes, in_zip(lambda _: in_bytes)),
+            _dataset(folder, "NPZ", "x.npz"),
         ),
     )
-    yield "CIFAR, binary", lambda: Parser([_cifar(folder)], in_bytes, _dataset(folder, "CIFAR", "test_batch.bin"))
+    yield "CIFAR, binary", lambda: Parser([seeds.cifar(folder)], in_bytes, _dataset(folder, "CIFAR", "test_batch.bin"))
     yield (
         "CIFAR, Python",
         lambda: Parser(
@@ -273,9 +218,11 @@ def parsers(folder: Path) -> Iterator[tuple[str, Callable[[], Parser]]]:
     pictures = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
     yield (
         "image folder",
-        lambda: Parser([_picture(form) for form in pictures], in_bytes, _dataset(folder, "IMAGE_FOLDER", "dog/a.png")),
+        lambda: Parser(
+            [seeds.picture(form) for form in pictures], in_bytes, _dataset(folder, "IMAGE_FOLDER", "dog/a.png")
+        ),
     )
-    yield "WebDataset shard", lambda: Parser([_shard()], in_bytes, _dataset(folder, "WEBDATASET", "a.tar"))
+    yield "WebDataset shard", lambda: Parser([seeds.shard()], in_bytes, _dataset(folder, "WEBDATASET", "a.tar"))
     yield (
         "recipe (YAML)",
         lambda: Parser(
@@ -294,7 +241,7 @@ def parsers(folder: Path) -> Iterator[tuple[str, Callable[[], Parser]]]:
             (ValueError,),
         ),
     )
-    yield "pipeline request (protobuf)", lambda: Parser([_spec()], in_bytes, _request, (GranqError, DecodeError))
+    yield "pipeline request (protobuf)", lambda: Parser([seeds.spec()], in_bytes, _request, (GranqError, DecodeError))
     yield (
         "tensor (protobuf)",
         lambda: Parser(

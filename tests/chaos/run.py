@@ -24,9 +24,9 @@ from granq.v1 import coordinator_pb2
 from tests.support.chaos import checks, rig
 from tests.support.chaos.drive import Driven, drive, retry_failed
 from tests.support.chaos.monkey import Monkey
-from tests.support.chaos.proxy import Proxies
 from tests.support.chaos.supervised import until
 from tests.support.postgres import postgres_server
+from tests.support.proxy import Proxies
 
 State = coordinator_pb2.PipelineState
 _DISK_MIB = 48

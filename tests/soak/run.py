@@ -19,9 +19,9 @@ from benchmarks.results_table import Table
 from granq.v1 import coordinator_pb2
 from tests.support.chaos import checks, rig
 from tests.support.chaos.drive import follow, insist
-from tests.support.chaos.proxy import Proxies
 from tests.support.growth import MIB, Samples, sample
 from tests.support.postgres import postgres_server
+from tests.support.proxy import Proxies
 
 State = coordinator_pb2.PipelineState
 _RETENTION = {

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
-from tests.support.chaos.proxy import Proxy
 from tests.support.chaos.supervised import Supervised, pause_process, signal_process
 from tests.support.postgres import PostgresServer
+from tests.support.proxy import Proxy
 
 Fault = Callable[[], bool]
 _MIB = 1024 * 1024

@@ -12,11 +12,11 @@ from sqlalchemy import make_url
 
 import granq
 from granq.v1 import coordinator_pb2
-from tests.support.chaos.proxy import Proxies, Proxy
 from tests.support.chaos.supervised import Supervised
 from tests.support.coordinator import CoordinatorProcess, WorkerProcess
 from tests.support.pipelines import spec as scripted_spec
 from tests.support.postgres import PostgresServer
+from tests.support.proxy import Proxies, Proxy
 from tests.support.servers import ServerProcess
 
 GRACE_SECONDS = 3
