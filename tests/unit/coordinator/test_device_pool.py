@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -82,7 +83,7 @@ class Case:
         self.table.register(info, INSTANCE, "")
         await self.pool.changed()
 
-    def acquire(self, job: str, priority: int = 0, **target: object) -> "asyncio.Task[Placement]":
+    def acquire(self, job: str, priority: int = 0, **target: Any) -> "asyncio.Task[Placement]":
         async def wait(text: str) -> None:
             self.told.setdefault(job, []).append(text)
 
@@ -94,11 +95,11 @@ class Case:
                 await asyncio.sleep(0.005)
 
 
-def build(job: str, priority: int = 0, **target: object) -> JobCall:
-    values = {"name": "orin", "runtime": TRT, "platform": "linux-aarch64"} | target
+def build(job: str, priority: int = 0, **target: Any) -> JobCall:
+    values: dict[str, Any] = {"name": "orin", "runtime": TRT, "platform": "linux-aarch64"} | target
     request = evaluator_pb2.StartBuildEngineRequest(
         key=jobs_pb2.JobKey(job_id=job, priority=priority),
-        target=common_pb2.EngineTarget(**values),  # type: ignore[arg-type]
+        target=common_pb2.EngineTarget(**values),
     )
     return JobCall("evaluator", request)
 
