@@ -173,7 +173,7 @@ async def test_a_new_device_is_taken_by_the_first_that_it_fits(case: Case) -> No
 async def test_the_configured_evaluator_takes_what_it_can_when_no_device_is_free(case: Case) -> None:
     case.evaluator.versions = {RTX: "1.7"}
     await case.device("nano", targets=("orin", "ada"))
-    ada = {"name": "ada", "runtime": RTX, "platform": ""}
+    ada: dict[str, Any] = {"name": "ada", "runtime": RTX, "platform": ""}
     assert (await case.acquire("first")).device_id == "nano"
     placement = await case.acquire("second", **ada)
     assert placement.device_id == ""
@@ -230,7 +230,7 @@ async def test_what_no_device_can_do_is_not_waited_for(case: Case) -> None:
         ({"platform": "linux-x86_64"}, (), ["it is linux-aarch64, not linux-x86_64"]),
     ],
 )
-def test_which_devices_a_build_may_have(target: dict[str, object], targets: tuple[str, ...], unmet: list[str]) -> None:
+def test_which_devices_a_build_may_have(target: dict[str, Any], targets: tuple[str, ...], unmet: list[str]) -> None:
     info = devices_pb2.DeviceInfo(platform="linux-aarch64", gpu="Orin", compute_capability="8.7", targets=targets)
     info.runtimes.add(runtime=TRT, version="10.3.0")
     need = need_of(build("job", **target))
