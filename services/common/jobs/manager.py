@@ -230,6 +230,7 @@ class JobManager:
     async def _execute(self, run: Run, active: _Active, request: Message) -> None:
         log = _log.bind(kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id, run_id=run.run_id)
         queued, began = metrics.JOBS_QUEUED.labels(run.kind), time.monotonic()
+        success: jobs_pb2.Job | None
         try:
             with queued.track_inprogress(), metrics.QUEUE_AGES.waiting(run.kind):
                 await self._take_slot(run.key.priority, active)
@@ -242,17 +243,20 @@ class JobManager:
                 self._slots.release()
             success = run.as_succeeded(result)
             await asyncio.to_thread(self._records.save_success, success)
-            run.succeed(success)
-            self._on_success(result)
         except Exception as error:
-            self._note_failure(run, active.interruption or error)
-        finally:
-            if active.process is not None:
-                await asyncio.to_thread(self._records.release, run.job_id, run.run_id)
-            del self._active[run]
-            metrics.JOBS.labels(run.kind, run.outcome).inc()
-            metrics.JOB_SECONDS.labels(run.kind, run.outcome).observe(time.monotonic() - began)
-            log.info("job ended", outcome=run.outcome, seconds=round(time.monotonic() - began, 3))
+            success, failure = None, active.interruption or error
+        if active.process is not None:
+            await asyncio.to_thread(self._records.release, run.job_id, run.run_id)
+        # From here on nothing is awaited: whoever hears of the end finds it counted, and the lease free.
+        del self._active[run]
+        if success is None:
+            self._note_failure(run, failure)
+        else:
+            run.succeed(success)
+            self._on_success(success.result)
+        metrics.JOBS.labels(run.kind, run.outcome).inc()
+        metrics.JOB_SECONDS.labels(run.kind, run.outcome).observe(time.monotonic() - began)
+        log.info("job ended", outcome=run.outcome, seconds=round(time.monotonic() - began, 3))
 
     def _note_failure(self, run: Run, error: BaseException) -> None:
         log = _log.bind(kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id)
