@@ -50,6 +50,16 @@ class ServerSettings(SecuritySettings):
     log_format: Literal["console", "json"] = Field(default="console", description="For people or for programs.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
     max_running_jobs: int = Field(default=1, ge=1, le=1024, description="Jobs that run at once; more are queued.")
+    max_queued_jobs: int = Field(
+        default=1024, ge=0, le=100_000, description="Jobs that wait for those that run; more are refused for now."
+    )
+    exit_when_idle_seconds: float = Field(
+        default=0.0,
+        ge=0,
+        le=7 * 86_400,
+        description="Time without a job, a joint training or a watch of a job after which a worker ends by itself, "
+        "with exit code 0; 0: never.",
+    )
     grace_seconds: float = Field(
         default=10.0, ge=0, le=3600, description="Time in seconds for RPCs and jobs to end after SIGTERM."
     )

@@ -41,6 +41,20 @@ class Slots:
                 self.release()  # it was given in the moment in which nobody wanted it any more
             raise
 
+    async def acquire_unless(self, left: asyncio.Event, place: Place = (0, 0)) -> bool:
+        """Wait for a slot, and take it; return False, without one, when the event is set before that."""
+        taking = asyncio.create_task(self.acquire(place))
+        leaving = asyncio.create_task(left.wait())
+        await asyncio.wait((taking, leaving), return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if not left.is_set():
+            return True
+        taking.cancel()
+        await asyncio.wait((taking,))
+        if not taking.cancelled():
+            self.release()
+        return False
+
     def release(self) -> None:
         """Give a slot back; who is next has it at once."""
         self._free += 1

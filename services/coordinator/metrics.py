@@ -102,6 +102,11 @@ class PipelineCollector(Collector):
             "granq_pipeline_queue_oldest_seconds",
             "Time that the pipeline which has waited longest waits for its first stage; 0 when none does.",
         )
+        yield GaugeMetricFamily(
+            "granq_pipeline_jobs_open",
+            "Jobs that pipelines have at a worker, or want to have there while it is busy or away.",
+            labels=["worker"],
+        )
         yield GaugeMetricFamily("granq_pipeline_stage_running", "Pipelines in a stage now.", labels=["stage"])
         yield GaugeMetricFamily(
             "granq_pipeline_stage_idle_seconds",
@@ -111,7 +116,7 @@ class PipelineCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Return the metrics as they are now; without a database only that it is away."""
-        up, by_state, depth, oldest, running, idle = self.describe()
+        up, by_state, depth, oldest, jobs, running, idle = self.describe()
         try:
             found = self._statistics()
         except DBAPIError as error:
@@ -125,11 +130,13 @@ class PipelineCollector(Collector):
                 by_state.add_metric([state_name(state).lower()], found.by_state.get(state, 0))
         depth.add_metric([], found.by_state.get(State.PIPELINE_STATE_QUEUED, 0))
         oldest.add_metric([], found.queue_oldest_seconds)
+        for worker in ("generator", "quantizer", "evaluator"):
+            jobs.add_metric([worker], found.open_jobs.get(worker, 0))
         for stage, name in STAGES:
             count, seconds = found.stages.get(stage, (0, 0.0))
             running.add_metric([name], count)
             idle.add_metric([name], seconds)
-        yield from (up, by_state, depth, oldest, running, idle)
+        yield from (up, by_state, depth, oldest, jobs, running, idle)
 
     def register(self) -> None:
         """Let scrapes see the metrics."""

@@ -12,6 +12,7 @@ from services.common.errors import (
     AbortedError,
     GranqError,
     NotFoundError,
+    ResourceExhaustedError,
     UnavailableError,
     from_failure,
     to_failure,
@@ -24,6 +25,7 @@ from services.coordinator.workers import Workers
 
 State = jobs_pb2.JobState
 PROCESS_DIED = "JOB_PROCESS_DIED"
+QUEUE_FULL = "QUEUE_FULL"
 _UNAVAILABLE = 14
 _FIRST_DELAY = 0.5
 _LAST_DELAY = 10.0
@@ -86,12 +88,19 @@ class JobRunner:
 
         Raises:
             GranqError: The job failed, was cancelled at the worker (AbortedError), or the worker stayed away too long.
+                One whose queue is full is asked again, for as long as it takes.
         """
         while True:
             try:
                 job = await self._follow(await self._workers.start(self._call))
             except UnavailableError as error:
                 await self._bear(error, time.monotonic() - self._last_answer)
+                continue
+            except ResourceExhaustedError as error:
+                if error.reason != QUEUE_FULL:
+                    raise
+                self._answered()
+                await self._bear(error, 0.0)
                 continue
             if job.state == State.JOB_STATE_SUCCEEDED:
                 return job.result

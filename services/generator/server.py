@@ -18,7 +18,7 @@ def create_server(settings: GeneratorSettings) -> GrpcServer:
     store = ArtifactStore(settings.artifact_url, settings.cache_dir)
     jobs = JobManager(store, settings, KINDS, settings.max_running_jobs)
     server = GrpcServer("generator", settings, jobs)
-    sessions = JointSessions(settings)
+    sessions = JointSessions(settings, jobs.usage)
     server.manage(sessions)
     server.add(generator_pb2_grpc.add_GeneratorServiceServicer_to_server, GeneratorServicer(jobs, sessions))
     return server

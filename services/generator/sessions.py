@@ -13,6 +13,7 @@ from services.common.errors import ResourceExhaustedError, UnavailableError, fro
 from services.common.jobs.process import child_environment
 from services.common.jobs.reading import death_while_reading
 from services.common.jobs.scratch import Scratch
+from services.common.jobs.usage import Usage
 from services.common.jobs.wire import Frame, StartFrame
 from services.common.logs import get_logger
 from services.common.metrics import CHILDREN
@@ -152,10 +153,12 @@ class JointSessions:
 
     Args:
         settings: Of the server.
+        usage: Told that the server is in use while a stream is open.
     """
 
-    def __init__(self, settings: GeneratorSettings) -> None:
+    def __init__(self, settings: GeneratorSettings, usage: Usage) -> None:
         self._settings = settings
+        self._usage = usage
         self._places = asyncio.Semaphore(settings.max_co_train_streams)
         self._sessions: set[JointSession] = set()
         self._endings: set[asyncio.Task[None]] = set()
@@ -187,7 +190,7 @@ class JointSessions:
         self._sessions.add(session)
         log.info("joint training began")
         try:
-            with CHILDREN.watched(session.pid, "co_train"):
+            with CHILDREN.watched(session.pid, "co_train"), self._usage.used():
                 yield session
         finally:
             # A task of its own, so that a stream that is cancelled again meanwhile still leaves no process behind.

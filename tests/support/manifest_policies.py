@@ -191,8 +191,6 @@ def pods_know_no_cluster(objects: list[Object]) -> Iterator[str]:
 def servers_can_be_probed(objects: list[Object]) -> Iterator[str]:
     """All three probes ask the health port, which the settings open."""
     for pod in pods(objects):
-        if pod.workload["kind"] == "Job":
-            continue
         opened = environment(objects, pod, pod.server).get("GRANQ_HEALTH_PORT")
         named = {port.get("name"): port["containerPort"] for port in pod.server.get("ports", [])}
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
@@ -210,19 +208,19 @@ def servers_end_before_they_are_killed(objects: list[Object]) -> Iterator[str]:
 
 
 def disruptions_are_bounded(objects: list[Object]) -> Iterator[str]:
-    """Exactly one budget covers every server."""
+    """Exactly one budget covers every server, and none those of Jobs: it could not tell how many there should be."""
     budgets = of_kind(objects, "PodDisruptionBudget")
     for pod in pods(objects):
         covering = [name for name, b in budgets.items() if selects(b["spec"]["selector"], pod.labels)]
-        if pod.workload["kind"] != "Job" and len(covering) != 1:
+        if len(covering) != (pod.workload["kind"] != "ScaledJob"):
             yield f"{pod.name}: budgets {covering}"
 
 
 def selectors_choose_one_workload(objects: list[Object]) -> Iterator[str]:
     """A workload's selector fits its own pods and no other's."""
     for pod in pods(objects):
-        if pod.workload["kind"] == "Job":
-            continue
+        if pod.workload["kind"] == "ScaledJob":
+            continue  # Kubernetes gives each Job a selector of its own
         chosen = [other.name for other in pods(objects) if selects(pod.workload["spec"]["selector"], other.labels)]
         if chosen != [pod.name]:
             yield f"{pod.name}: its selector chooses {chosen}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Object = dict[str, Any]
-WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")
+WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "ScaledJob")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def of_kind(objects: list[Object], *kinds: str) -> dict[str, Object]:
 def pods(objects: list[Object]) -> Iterator[Pod]:
     """Yield the pods of every workload."""
     for name, workload in of_kind(objects, *WORKLOADS).items():
-        template = workload["spec"]["template"]
+        template = workload["spec"].get("jobTargetRef", workload["spec"])["template"]
         metadata = template["metadata"]
         yield Pod(name, workload, template["spec"], metadata.get("labels", {}), metadata.get("annotations", {}))
 

@@ -99,10 +99,10 @@ class ServerProcess:
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
-    def wait(self) -> int:
-        """Return the exit code of a server that ends by itself."""
+    def wait(self, seconds: float | None = None) -> int:
+        """Return the exit code of a server that ends by itself; raises TimeoutExpired when it has not after a time."""
         assert self._process is not None
-        return self._process.wait()
+        return self._process.wait(seconds)
 
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM; return the exit code."""

@@ -21,11 +21,11 @@ from services.common.errors import (
 from services.common.jobs.process import JobProcess
 from services.common.jobs.records import JobRecords, other_request, request_digest
 from services.common.jobs.run import Run
+from services.common.jobs.usage import Usage
 from services.common.logs import get_logger
 from services.common.settings import ServerSettings
 from services.common.slots import Slots
 
-_MAX_QUEUED = 1024
 _MAX_HELD = 128
 _log = get_logger("services.common.jobs")
 
@@ -50,6 +50,9 @@ class JobManager:
         max_running: Jobs that run at once; more wait, by their priority.
         kill_after: Seconds that a cancelled job has to notice, before its process is killed.
         on_success: Told the result of each run that ended with one.
+
+    Attributes:
+        usage: Whether jobs are started, wait, run, or are watched; whatever else keeps the worker busy joins in.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class JobManager:
         self._kill_after = kill_after
         self._on_success = on_success
         self._records = JobRecords(store)
+        self._max_running = max_running
         self._slots = Slots(max_running)
+        self.usage = Usage()
         self._runs: dict[str, Run] = {}
         self._active: dict[Run, _Active] = {}
         # Two equal starts at once must not begin two runs.
@@ -82,17 +87,18 @@ class JobManager:
 
         Raises:
             AlreadyExistsError: The id belongs to another request.
-            ResourceExhaustedError: Too many jobs wait.
+            ResourceExhaustedError: Too many jobs wait; reason QUEUE_FULL.
             UnavailableError: The server is about to end, or the store cannot be reached.
         """
         digest = request_digest(kind, request)
-        while True:
-            async with self._lock:
-                ending = self._ending(key.job_id, digest)
-                if ending is None:
-                    return await self._start(kind, key, request, digest)
-            # Whoever starts a job that was cancelled a moment ago wants it to go on, not to hear of its end.
-            await asyncio.wait((ending,))
+        with self.usage.used():
+            while True:
+                async with self._lock:
+                    ending = self._ending(key.job_id, digest)
+                    if ending is None:
+                        return await self._start(kind, key, request, digest)
+                # Whoever starts a job that was cancelled a moment ago wants it to go on, not to hear of its end.
+                await asyncio.wait((ending,))
 
     def _ending(self, job_id: str, digest: str) -> asyncio.Task[None] | None:
         """Return the task of a run of this job that was cancelled and has not ended."""
@@ -108,8 +114,11 @@ class JobManager:
             return run.snapshot()
         if self._closing:
             raise self._stopping()
-        if len(self._active) >= _MAX_QUEUED:
-            raise ResourceExhaustedError(f"{_MAX_QUEUED} jobs are waiting already; try later", reason="QUEUE_FULL")
+        # One that ended may still be tidied up: who reads its end here and comes with the next job finds room.
+        if sum(not other.ended for other in self._active) >= self._max_running + self._settings.max_queued_jobs:
+            raise ResourceExhaustedError(
+                "as many jobs as may run and wait here already; try later", reason="QUEUE_FULL"
+            )
         await asyncio.to_thread(self._records.claim, key.job_id, digest)
         self._runs.pop(key.job_id, None)
         run = self._runs[key.job_id] = Run(kind, key, digest)
@@ -135,9 +144,10 @@ class JobManager:
             NotFoundError: There is no such job.
             UnavailableError: The server ends before the job does.
         """
-        run = await self._require(job_id)
-        async for event in run.watch(after_sequence, run_id, self._stopping()):
-            yield event
+        with self.usage.used():
+            run = await self._require(job_id)
+            async for event in run.watch(after_sequence, run_id, self._stopping()):
+                yield event
 
     async def cancel(self, job_id: str) -> jobs_pb2.Job:
         """Ask a job to stop and return it as it is now; raise NotFoundError where there is none."""
@@ -160,6 +170,11 @@ class JobManager:
             if active.process is not None:
                 active.process.kill()
         await asyncio.gather(*(asyncio.shield(active.task) for active in actives if active.task is not None))
+
+    async def retire(self, idle_seconds: float) -> None:
+        """Return once nobody has used the worker for so many seconds; from then on no job begins."""
+        await self.usage.unused(idle_seconds)
+        self._closing = True
 
     async def close(self, grace: float) -> None:
         """End all processes, kindly for `grace` seconds, and all watches; no job is noted as failed for it."""
@@ -206,24 +221,11 @@ class JobManager:
         # Nothing happens where the process has ended by then.
         asyncio.get_running_loop().call_later(self._kill_after, process.kill)
 
-    async def _take_slot(self, priority: int, active: _Active) -> None:
-        """Wait in the queue; raises CancelledError when the run is to leave it."""
-        taking = asyncio.create_task(self._slots.acquire((-priority, 0)))
-        leaving = asyncio.create_task(active.leave_queue.wait())
-        await asyncio.wait((taking, leaving), return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not active.leave_queue.is_set():
-            return
-        taking.cancel()
-        await asyncio.wait((taking,))
-        if not taking.cancelled():
-            self._slots.release()
-        raise CancelledError("the job left the queue")
-
     async def _traced(self, run: Run, active: _Active, request: Message) -> None:
         # Below the RPC that started it, since a task begins with a copy of what is current where it is made.
         pipeline_id = run.key.pipeline_id
-        with tracing.span(f"job {run.kind}", granq_job_id=run.job_id, granq_pipeline_id=pipeline_id) as span:
+        job = tracing.span(f"job {run.kind}", granq_job_id=run.job_id, granq_pipeline_id=pipeline_id)
+        with self.usage.used(), job as span:
             await self._execute(run, active, request)
             tracing.note_outcome(span, run.outcome)
 
@@ -233,7 +235,8 @@ class JobManager:
         success: jobs_pb2.Job | None
         try:
             with queued.track_inprogress(), metrics.QUEUE_AGES.waiting(run.kind):
-                await self._take_slot(run.key.priority, active)
+                if not await self._slots.acquire_unless(active.leave_queue, (-run.key.priority, 0)):
+                    raise CancelledError("the job left the queue")
             try:
                 began, waited = time.monotonic(), time.monotonic() - began
                 metrics.JOB_WAIT_SECONDS.labels(run.kind).observe(waited)

@@ -190,7 +190,10 @@ class GrpcServer:
         _log.info("server stopped", service=self.name)
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; a second signal ends the grace. Raises as `start` does."""
+        """Serve until SIGTERM or SIGINT, or until idle for as long as the settings allow; raises as `start` does.
+
+        A signal after that ends the grace.
+        """
         loop = asyncio.get_running_loop()
         signals: asyncio.Queue[int] = asyncio.Queue()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -199,8 +202,7 @@ class GrpcServer:
         if self.settings.ready_file is not None:
             ports = (self.port, self.metrics_port, self.health_port)
             await asyncio.to_thread(write_ready_file, self.settings.ready_file, *ports)
-        received = signal.Signals(await signals.get())
-        _log.info("server stops", service=self.name, signal=received.name)
+        _log.info("server stops", service=self.name, reason=await self._reason_to_stop(signals))
         server = self._server
         stopping = asyncio.create_task(self.stop())
         impatient = asyncio.create_task(signals.get())
@@ -212,6 +214,17 @@ class GrpcServer:
                 *([self._jobs.close(0)] if self._jobs is not None else []),
             )
         await stopping
+
+    async def _reason_to_stop(self, signals: asyncio.Queue[int]) -> str:
+        """Return the name of the next signal, or "IDLE" once the jobs have retired."""
+        signalled = asyncio.create_task(signals.get())
+        reasons: list[asyncio.Task[Any]] = [signalled]
+        if self._jobs is not None and self.settings.exit_when_idle_seconds:
+            reasons.append(asyncio.create_task(self._jobs.retire(self.settings.exit_when_idle_seconds)))
+        await asyncio.wait(reasons, return_when=asyncio.FIRST_COMPLETED)
+        for task in reasons:
+            task.cancel()
+        return signal.Signals(signalled.result()).name if signalled.done() else "IDLE"
 
 
 def _address(host: str, port: int) -> str:

@@ -1,5 +1,6 @@
 """Joint training through a real server is the single-process training, step by step."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -184,6 +185,9 @@ async def test_cancel_ends_the_process_and_frees_the_place(server: GrpcServer, m
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await second.read()
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert server._jobs is not None
+        with pytest.raises(TimeoutError):  # though it has no job
+            await asyncio.wait_for(server._jobs.retire(0), 0.2)
     await eventually(lambda: is_gone(child.pid), 5)
     async with stream(server, opening(model)) as call:
         await Client(call, Student()).step()

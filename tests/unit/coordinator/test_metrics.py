@@ -40,7 +40,7 @@ def age(database: Database, pipeline_id: str, microseconds: int) -> None:
 
 
 def test_statistics_tell_waits_and_silence(sqlite: Database) -> None:
-    assert read_statistics(sqlite.engine) == Statistics({}, 0.0, {})
+    assert read_statistics(sqlite.engine) == Statistics({}, 0.0, {}, {})
     waiting, fresh, silent, lively = (sqlite.create() for _ in range(4))
     for name, stage in ((silent, Stage.STAGE_QUANTIZE), (lively, Stage.STAGE_EXPORT)):
         assert sqlite.transitions.enter_stage(name, 1, stage)
@@ -58,6 +58,19 @@ def test_statistics_tell_waits_and_silence(sqlite: Database) -> None:
     assert sqlite.repository.get(fresh).pipeline.state == State.PIPELINE_STATE_QUEUED
 
 
+def test_jobs_count_while_their_pipeline_runs(sqlite: Database) -> None:
+    first, second, waiting = (sqlite.create() for _ in range(3))
+    for name in (first, second):
+        assert sqlite.transitions.enter_stage(name, 1, Stage.STAGE_QUANTIZE)
+        sqlite.repository.open_job(name, f"{name}-job", "quantizer")
+    sqlite.repository.open_job(first, "other", "evaluator")
+    sqlite.repository.open_job(waiting, "early", "quantizer")
+    assert read_statistics(sqlite.engine).open_jobs == {"quantizer": 2, "evaluator": 1}
+    sqlite.repository.close_job(first, f"{first}-job")
+    sqlite.transitions.fail(second, 1, common_pb2.Failure(code=13, reason="INTERNAL"))
+    assert read_statistics(sqlite.engine).open_jobs == {"evaluator": 1}
+
+
 def test_statistics_are_the_same_on_postgresql(database: Database) -> None:
     name = database.create()
     assert database.transitions.enter_stage(name, 1, Stage.STAGE_SYNTHESIZE)
@@ -72,12 +85,16 @@ def test_a_scrape_without_a_database_tells_that_and_nothing_more() -> None:
 
     (family,) = PipelineCollector(away).collect()
     assert [(s.name, s.value) for s in family.samples] == [("granq_database_up", 0)]
-    full = PipelineCollector(lambda: Statistics({State.PIPELINE_STATE_QUEUED: 3}, 7.0, {4: (1, 2.5)})).collect()
+    full = PipelineCollector(
+        lambda: Statistics({State.PIPELINE_STATE_QUEUED: 3}, 7.0, {4: (1, 2.5)}, {"quantizer": 2})
+    ).collect()
     samples = {(s.name, *s.labels.values()): s.value for family in full for s in family.samples}
     assert samples["granq_database_up",] == 1
     assert samples["granq_pipelines", "queued"] == samples["granq_pipeline_queue_depth",] == 3
     assert samples["granq_pipelines", "failed"] == 0
     assert samples["granq_pipeline_queue_oldest_seconds",] == 7
+    assert samples["granq_pipeline_jobs_open", "quantizer"] == 2
+    assert samples["granq_pipeline_jobs_open", "evaluator"] == 0
     stages = {key[1]: value for key, value in samples.items() if key[0] == "granq_pipeline_stage_idle_seconds"}
     assert len(stages) == len(STAGES)
     assert sorted(stages.values())[-2:] == [0, 2.5]

@@ -10,6 +10,7 @@ from services.common.errors import (
     AbortedError,
     DataLossError,
     NotFoundError,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from services.coordinator import runner as runner_module
@@ -38,6 +39,7 @@ def _job(state: jobs_pb2.JobState, step: int | None = None, code: int = 0, reaso
 
 DIED = _job(FAILED, code=14, reason="JOB_PROCESS_DIED")
 AWAY = UnavailableError("away")
+FULL = ResourceExhaustedError("full", reason="QUEUE_FULL")
 FORGOTTEN = NotFoundError("forgotten")
 Scene = Sequence[jobs_pb2.Job | Exception]
 
@@ -158,6 +160,7 @@ async def test_deaths_at_the_same_step_end_the_job() -> None:
         ([_job(FAILED, code=15, reason="CHECKPOINT_DAMAGED")], DataLossError),
         ([_job(CANCELLED)], AbortedError),
         ([DataLossError("refused at start")], DataLossError),
+        ([ResourceExhaustedError("too large")], ResourceExhaustedError),
     ],
 )
 async def test_other_failures_end_the_job_at_once(scene: Scene, error: type[Exception]) -> None:
@@ -171,6 +174,12 @@ async def test_patience_ends() -> None:
     with pytest.raises(UnavailableError, match="no progress"):
         await asyncio.wait_for(case.runner.run(), 10)
     assert case.told == ["UNAVAILABLE"]
+
+
+async def test_a_full_queue_is_waited_for_beyond_all_patience_and_told_once() -> None:
+    case = Case(*([FULL] for _ in range(100)), [_job(SUCCEEDED)], patience=0.01)
+    assert await case.runner.run() == RESULT
+    assert case.told == ["QUEUE_FULL"]
 
 
 async def test_jobs_that_fail_as_unavailable_are_repeated_until_patience_ends() -> None:

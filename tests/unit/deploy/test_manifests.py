@@ -20,14 +20,17 @@ from tests.support.deployment import JETSON, PROJECT, SERVICES, arguments, rende
 from tests.support.manifest_policies import POLICIES, Policy, no_host_paths
 from tests.support.manifests import Object, environment, image_name, of_kind, pods, reaches
 
-OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/edge")
+WHOLE = ("overlays/cpu", "overlays/gpu", "overlays/kueue")
+OVERLAYS = (*WHOLE, "overlays/edge")
 # The oldest that the manifests are meant for, and the newest whose schemas the validator has.
 KUBERNETES = ("1.31", "1.37")
 # Their schemas are those of the operators that bring them, which no package has.
 CUSTOM = {
     ("cert-manager.io/v1", "Certificate"),
     ("cert-manager.io/v1", "Issuer"),
+    ("keda.sh/v1alpha1", "ScaledJob"),
     ("keda.sh/v1alpha1", "ScaledObject"),
+    ("kueue.x-k8s.io/v1beta1", "LocalQueue"),
     ("monitoring.coreos.com/v1", "PodMonitor"),
 }
 _validated: set[str] = set()
@@ -71,9 +74,8 @@ def test_ports_are_the_services_defaults(objects: list[Object]) -> None:
     for pod in pods(objects):
         port = settings_class(service_of(image_name(pod.server))).model_fields["port"].default
         named = {entry["name"]: entry["containerPort"] for entry in pod.server.get("ports", [])}
-        if pod.workload["kind"] != "Job":
-            assert named == {"grpc": port, "metrics": port + 1000, "health": 52000}
-            assert pod.annotations["prometheus.io/port"] == str(port + 1000)
+        assert named == {"grpc": port, "metrics": port + 1000, "health": 52000}
+        assert pod.annotations["prometheus.io/port"] == str(port + 1000)
         for service in services.values():
             if service["spec"]["selector"].items() <= pod.labels.items():
                 assert {entry["port"] for entry in service["spec"]["ports"]} <= set(named.values())
@@ -86,14 +88,14 @@ def test_all_is_in_one_namespace_that_enforces_the_restricted_standard(objects: 
     assert of_kind(objects, "ResourceQuota")
 
 
-@pytest.mark.parametrize("overlay", ["overlays/cpu", "overlays/gpu"])
+@pytest.mark.parametrize("overlay", WHOLE)
 def test_a_whole_installation_has_the_four_services(overlay: str) -> None:
     objects = render(overlay)
     assert {service_of(image_name(pod.server)) for pod in pods(objects)} == set(SERVICES)
     assert "granq-coordinator" in of_kind(objects, "StatefulSet")
 
 
-@pytest.mark.parametrize("overlay", ["overlays/cpu", "overlays/gpu"])
+@pytest.mark.parametrize("overlay", WHOLE)
 def test_addresses_are_services_that_may_be_reached(overlay: str) -> None:
     objects = render(overlay)
     services = of_kind(objects, "Service")
@@ -108,7 +110,7 @@ def test_addresses_are_services_that_may_be_reached(overlay: str) -> None:
             assert reaches(objects, by_service[source], by_service[target], "grpc"), f"{source} to {target}"
 
 
-@pytest.mark.parametrize("overlay", ["overlays/cpu", "overlays/gpu"])
+@pytest.mark.parametrize("overlay", WHOLE)
 def test_nobody_else_is_reached(overlay: str) -> None:
     objects = render(overlay)
     wanted = {
@@ -117,7 +119,7 @@ def test_nobody_else_is_reached(overlay: str) -> None:
         ("coordinator", "evaluator"),
         ("quantizer", "generator"),
     }
-    if overlay == "overlays/gpu":
+    if overlay != "overlays/cpu":
         wanted.add(("evaluator", "coordinator"))  # a device, which registers there
     everyone = list(pods(objects))
     pairs = {
@@ -133,7 +135,7 @@ def test_nobody_else_is_reached(overlay: str) -> None:
 
 
 def test_the_coordinator_s_executor_id_is_its_pod_s_name() -> None:
-    for overlay in ("overlays/cpu", "overlays/gpu"):
+    for overlay in WHOLE:
         coordinator = of_kind(render(overlay), "StatefulSet")["granq-coordinator"]
         (container,) = coordinator["spec"]["template"]["spec"]["containers"]
         entries = {entry["name"]: entry for entry in container["env"]}
