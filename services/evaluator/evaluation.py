@@ -1,5 +1,6 @@
 """Runs the forms of a model over a set, all in one pass, and measures them."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -57,24 +58,28 @@ def _evaluate(
     size = request.batch_size if request.HasField("batch_size") else DEFAULT_BATCH
     context.report("loading")
     data: LabelledSet | SyntheticSet
-    if request.WhichOneof("data") == "synthetic_set":
-        data = SyntheticSet(context.store.local_path(request.synthetic_set.digest))
+    source = request.WhichOneof("data") or "dataset"
+    if source == "synthetic_set":
+        with context.reading(source, request.synthetic_set):
+            data = SyntheticSet(context.store.local_path(request.synthetic_set.digest))
     else:
-        with context.reading("dataset", dataset_artifact(request.dataset)):
+        with context.reading(source, dataset_artifact(request.dataset)):
             data = open_dataset(request.dataset, settings.dataset_root, context.store)
     graphs = {field: _load(field, request, context) for field in FORMS if request.HasField(field)}
     models: dict[str, OnnxModel | EngineModel] = {**graphs}
     if request.HasField("engine"):
         models[ENGINE] = _load_engine(request, context, stack)
     first = models["onnx_float"]
-    data.require(first.input_shape, first.num_classes)
+    batch_bytes = 4 * size * math.prod(first.input_shape)
+    with context.limits(source, batch_bytes):
+        data.require(first.input_shape, first.num_classes)
     for field, model in models.items():
         if (model.input_shape, model.num_classes) != (first.input_shape, first.num_classes):
             raise InvalidArgumentError(f"{field} has another input or other classes than onnx_float", field=field)
     meters = {field: AccuracyMeter() for field in models}
     sample: NDArray[np.float32] | None = None
     done = 0
-    for images, labels, teacher in _batches(data, size):
+    for images, labels, teacher in context.reading_each(source, _batches(data, size), batch_bytes):
         sample = images if sample is None else sample
         reference = teacher
         for field, model in models.items():

@@ -1,5 +1,6 @@
 """The quantizer's jobs. Each runs in a process of its own; ``request`` is the message of the call that started it."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -34,6 +35,7 @@ from services.quantizer.student import build_student, no_grad_copy, simulated_lo
 from services.quantizer.training import Progress, Trainer
 
 _ONNX = "application/onnx"
+SIMULATED_BATCH = 64
 
 
 def prepare(settings: QuantizerSettings) -> torch.device:
@@ -187,9 +189,12 @@ def simulate(request: quantizer_pb2.StartSimulateRequest, context: JobContext) -
     student.to(device)
     with context.reading("dataset", dataset_artifact(request.dataset)):
         dataset = open_dataset(request.dataset, context.settings.dataset_root, context.store)
+    batch_bytes = 4 * SIMULATED_BATCH * math.prod(model.input_shape)
+    with context.limits("dataset", batch_bytes):
+        dataset.require(model.input_shape, model.num_classes)
     seen = top1 = top5 = 0
     with torch.no_grad():
-        for images, labels in dataset.images(64):
+        for images, labels in context.reading_each("dataset", dataset.images(SIMULATED_BATCH), batch_bytes):
             context.check_cancelled()
             logits = student(torch.from_numpy(images).to(device)).cpu()
             ranked = logits.topk(min(5, model.num_classes)).indices == torch.from_numpy(labels)[:, None]

@@ -1,5 +1,6 @@
 """From stored pixels to a model's input."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ FIELD = "dataset.preprocessing"
 # Rec. 601 luma in 16-bit fixed point, rounded as Pillow does, so that a grey image made here equals its "L".
 LUMA = np.array([19595, 38470, 7471], np.uint32)
 MAX_SIDE = 32768
+MAX_INPUT_VALUES = 16 << 20  # of one image; in float32 they take four bytes each, several times over
 
 
 class Preprocessor:
@@ -45,8 +47,8 @@ class Preprocessor:
         """Return float32 N×C'×H'×W' for uint8 pixels N×H×W×C with C of 1 or 3.
 
         Raises:
-            InvalidArgumentError: The crop is larger than the image, or the number of means or standard deviations does
-                not match the channels.
+            InvalidArgumentError: The crop is larger than the image, what is left is larger than any model's input, or
+                the number of means or standard deviations does not match the channels.
         """
         if self._resize is not None:
             pixels = self._resized(pixels, self._resize)
@@ -55,6 +57,12 @@ class Preprocessor:
         if self._pad:
             sides = (self._pad, self._pad)
             pixels = np.pad(pixels, ((0, 0), sides, sides, (0, 0)))
+        if (count := math.prod(pixels.shape[1:])) > MAX_INPUT_VALUES:
+            raise InvalidArgumentError(
+                f"an image of {pixels.shape[1]}×{pixels.shape[2]} pixels has {count} values, more than the "
+                f"{MAX_INPUT_VALUES} that a model may take; set resize and center_crop",
+                field=FIELD,
+            )
         pixels = _with_channels(pixels, self._channels)
         # float32 throughout, as training pipelines compute it: x / 255, minus the mean, over the deviation.
         result = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)

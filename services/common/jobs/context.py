@@ -3,9 +3,9 @@
 import base64
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeVar
 
 import structlog
 from pydantic import BaseModel
@@ -16,6 +16,8 @@ from services.common.errors import CancelledError, DataLossError, GranqError, In
 from services.common.jobs.reading import Reading
 from services.common.settings import ServerSettings
 from services.common.tracing import Phases
+
+_Item = TypeVar("_Item")
 
 REPORT_SECONDS = 0.2
 """Least time between two reports of one phase."""
@@ -143,6 +145,28 @@ class JobContext:
             ResourceExhaustedError: Within the block: READ_MEMORY when the file needs more memory than it may have.
         """
         return self.limits(field, 0 if artifact is None else self.store.local_path(artifact.digest).stat().st_size)
+
+    def reading_each(self, field: str, items: Iterator[_Item], size_bytes: int) -> Iterator[_Item]:
+        """Yield what an iterator reads from a file that is not this software's own, each item under the limits.
+
+        The limits are for one item, since nobody can say how long a whole set may take; what is done with an item is
+        not bounded by them.
+
+        Args:
+            field: Field of the request that names the file.
+            items: Reads one item whenever it is asked for the next.
+            size_bytes: Memory that an item takes.
+
+        Raises:
+            ResourceExhaustedError: READ_MEMORY when an item needs more memory than it may have.
+        """
+        while True:
+            with self.limits(field, size_bytes):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
     def check_cancelled(self) -> None:
         """Return, or raise CancelledError when the job must stop. Call it every iteration."""

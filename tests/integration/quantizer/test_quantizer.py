@@ -236,6 +236,14 @@ def test_export_and_simulation_of_a_quantized_model(bench: Bench, synthetic: str
     )
     (measurement,) = bench.wait(bench.quantizer, "simulate").result.evaluation.measurements
     assert measurement.accuracy.images == 20
+    np.savez(tmp_path / "wide.npz", images=np.zeros((1, 8, 9, 3), np.uint8), labels=np.zeros(1, int))
+    dataset.artifact.CopyFrom(bench.store.put_file(tmp_path / "wide.npz"))
+    key = jobs_pb2.JobKey(job_id="simulate-wide")
+    bench.starts.StartSimulate(
+        quantizer_pb2.StartSimulateRequest(key=key, model=bench.model, quantized_model=quantized.model, dataset=dataset)
+    )
+    failure = bench.wait(bench.quantizer, "simulate-wide").failure
+    assert (failure.code, failure.field) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], "dataset.preprocessing")
 
 
 def test_a_simulation_only_model_is_not_exported(bench: Bench, synthetic: str) -> None:

@@ -85,3 +85,10 @@ def test_impossible_steps_name_the_field(config: dict[str, object], field: str) 
 def test_resize_of_a_sliver_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="shorter side"):
         run(np.zeros((1, 1, 5000, 1), np.uint8), resize=8192)
+
+
+def test_more_values_than_a_model_may_take_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="set resize and center_crop") as caught:
+        run(np.zeros((1, 4097, 4096, 1), np.uint8))
+    assert caught.value.field == "dataset.preprocessing"
+    assert run(np.zeros((1, 4097, 4096, 1), np.uint8), center_crop=8).shape == (1, 1, 8, 8)
