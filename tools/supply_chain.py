@@ -13,10 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = {
-    "coordinator": ("coordinator", "postgres", "s3"),
-    "generator": ("generator", "s3"),
-    "quantizer": ("quantizer", "s3"),
-    "evaluator": ("evaluator", "rtx", "s3"),
+    "coordinator": ("coordinator", "oidc", "postgres", "s3", "tracing"),
+    "generator": ("generator", "gpu", "s3", "tracing"),
+    "quantizer": ("quantizer", "gpu", "s3", "tracing"),
+    "evaluator": ("evaluator", "gpu", "rtx", "s3", "tracing"),
     "dev": ("dev",),
 }
 """Constraints files, and the extras that each fixes."""

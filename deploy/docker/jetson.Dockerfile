@@ -43,8 +43,10 @@ FROM python AS environment
 WORKDIR /source
 # Dependencies come before sources: this layer changes with these files alone.
 COPY pyproject.toml ./
+COPY constraints constraints
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install --python /opt/granq --requirements pyproject.toml --extra evaluator --extra s3
+    uv pip install --python /opt/granq --requirements pyproject.toml --extra evaluator --extra s3 --extra tracing \
+    --constraint constraints/evaluator.txt
 COPY --from=bindings /bindings /bindings
 COPY README.md hatch_build.py ./
 COPY protos protos

@@ -21,6 +21,7 @@ from tests.support.deployment import (
     settings_class,
     settings_variables,
 )
+from tools.supply_chain import LOCKS
 
 SOURCES = {"granq", "services", "protos", "pyproject.toml", "README.md", "hatch_build.py"}
 
@@ -84,6 +85,28 @@ def test_dependencies_are_installed_before_sources_are_copied(installing: list[I
 def test_the_service_s_own_extra_is_installed(target: str, installing: list[Instruction]) -> None:
     assert service_of(target) in extras(installing)
     distributions(extras(installing))  # each is in pyproject.toml
+
+
+def test_images_have_what_their_settings_and_metrics_need(target: str, installing: list[Instruction]) -> None:
+    assert {"s3", "tracing"} <= set(extras(installing)), "any store, and traces by OTEL_… alone"
+    assert ("oidc" in extras(installing)) == ("postgres" in extras(installing)) == (target == "coordinator")
+    # NVML; a Jetson's GPU is not one that it tells of.
+    assert ("gpu" in extras(installing)) == (
+        target in ("generator", "quantizer", "evaluator-rtx", "evaluator-tensorrt")
+    )
+
+
+def test_what_is_installed_is_locked(installing: list[Instruction]) -> None:
+    locks = re.findall(r"--constraint constraints/(\w+)\.txt", " ".join(arguments(installing, "RUN")))
+    assert locks
+    # TensorRT is NVIDIA's index's, whose versions the image takes within the bounds of pyproject.toml.
+    wanted = set(extras(installing)) - {"tensorrt"}
+    assert wanted <= {extra for lock in locks for extra in LOCKS[lock]}
+    fixed = [re.findall(r"^([\w.-]+)==(\S+)", (ROOT / f"constraints/{lock}.txt").read_text(), re.M) for lock in locks]
+    assert distributions(sorted(wanted)) <= {name for lock in fixed for name, _ in lock}
+    for name in {name for lock in fixed for name, _ in lock}:
+        versions = [{version for other, version in lock if other == name} for lock in fixed]
+        assert not versions[1:] or not all(versions) or versions[0] == versions[1], f"two locks differ in {name}"
 
 
 def test_coordinator_and_evaluator_have_no_torch(target: str, installing: list[Instruction]) -> None:
