@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -165,6 +166,20 @@ def kustomize(folder: str) -> str:
     return result.stdout
 
 
+def overlay_on(folder: Path, overlay: str, *components: str) -> str:
+    """Write an operator's overlay into a folder, for `render`: one of deploy/kubernetes, and components on top."""
+    there = Path(os.path.relpath(DEPLOY / "kubernetes", folder))
+    content = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [str(there / overlay)],
+        "components": [str(there / "components" / component) for component in components],
+        "namespace": "granq",
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    return str(folder)
+
+
 def render(folder: str) -> list[dict[str, Any]]:
-    """Return the objects that kustomize renders for a folder of deploy/kubernetes; each caller gets its own."""
+    """Return the objects that kustomize renders for a folder (of deploy/kubernetes); each caller gets its own."""
     return list(yaml.load_all(kustomize(folder), yaml.CSafeLoader))

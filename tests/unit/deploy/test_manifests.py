@@ -16,12 +16,23 @@ import pytest
 from services.common.metrics.jobs import JOBS_QUEUED, JOBS_RUNNING
 from services.generator.servicer import KINDS as GENERATOR_KINDS
 from services.quantizer.servicer import KINDS as QUANTIZER_KINDS
-from tests.support.deployment import JETSON, PROJECT, SERVICES, arguments, render, service_of, settings_class
+from tests.support.deployment import (
+    JETSON,
+    PROJECT,
+    SERVICES,
+    arguments,
+    overlay_on,
+    render,
+    service_of,
+    settings_class,
+)
 from tests.support.manifest_policies import POLICIES, Policy, no_host_paths
 from tests.support.manifests import Object, environment, image_name, of_kind, pods, reaches
 
 WHOLE = ("overlays/cpu", "overlays/gpu", "overlays/kueue")
 OVERLAYS = (*WHOLE, "overlays/edge")
+# What no overlay of these has, or not without others.
+OPTIONAL = ("s3", "tracing", "oidc", "prometheus-operator", "kueue-jobs")
 # The oldest that the manifests are meant for, and the newest whose schemas the validator has.
 KUBERNETES = ("1.31", "1.37")
 # Their schemas are those of the operators that bring them, which no package has.
@@ -49,8 +60,10 @@ def schema_errors(item: Object, version: str) -> str:
     return ""
 
 
-@pytest.fixture(scope="module", params=OVERLAYS)
-def objects(request: pytest.FixtureRequest) -> list[Object]:
+@pytest.fixture(scope="module", params=[*OVERLAYS, OPTIONAL], ids=lambda name: str(name))
+def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
+    if request.param is OPTIONAL:
+        return render(overlay_on(tmp_path_factory.mktemp("overlay"), "overlays/cpu", *OPTIONAL))
     return render(request.param)
 
 
