@@ -71,7 +71,7 @@ class JobManager:
         self._kill_after = kill_after
         self._on_success = on_success
         self._records = JobRecords(store)
-        self._max_running = max_running
+        self._max_active = max_running + settings.max_queued_jobs
         self._slots = Slots(max_running)
         self.usage = Usage()
         self._runs: dict[str, Run] = {}
@@ -114,11 +114,8 @@ class JobManager:
             return run.snapshot()
         if self._closing:
             raise self._stopping()
-        # One that ended may still be tidied up: who reads its end here and comes with the next job finds room.
-        if sum(not other.ended for other in self._active) >= self._max_running + self._settings.max_queued_jobs:
-            raise ResourceExhaustedError(
-                "as many jobs as may run and wait here already; try later", reason="QUEUE_FULL"
-            )
+        if len(self._active) >= self._max_active:
+            raise ResourceExhaustedError("all jobs that may run or wait here do; try later", reason="QUEUE_FULL")
         await asyncio.to_thread(self._records.claim, key.job_id, digest)
         self._runs.pop(key.job_id, None)
         run = self._runs[key.job_id] = Run(kind, key, digest)
@@ -223,8 +220,7 @@ class JobManager:
 
     async def _traced(self, run: Run, active: _Active, request: Message) -> None:
         # Below the RPC that started it, since a task begins with a copy of what is current where it is made.
-        pipeline_id = run.key.pipeline_id
-        job = tracing.span(f"job {run.kind}", granq_job_id=run.job_id, granq_pipeline_id=pipeline_id)
+        job = tracing.span(f"job {run.kind}", granq_job_id=run.job_id, granq_pipeline_id=run.key.pipeline_id)
         with self.usage.used(), job as span:
             await self._execute(run, active, request)
             tracing.note_outcome(span, run.outcome)
