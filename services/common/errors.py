@@ -12,6 +12,9 @@ from functools import cache
 
 from granq.v1 import common_pb2
 
+WORKER_BUSY = "WORKER_BUSY"
+"""Reason of a worker that takes no job now: another one may, or the same one later."""
+
 INTERNAL_MESSAGE = "internal error; the server's log has the details"
 _PATH = re.compile(r"(?<![\w/.:…])/([\w.@+-]+)/(?:[\w.@+-]+/)*([\w.@+-]*)")
 

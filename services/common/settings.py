@@ -50,8 +50,8 @@ class ServerSettings(SecuritySettings):
     log_format: Literal["console", "json"] = Field(default="console", description="For people or for programs.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
     max_running_jobs: int = Field(default=1, ge=1, le=1024, description="Jobs that run at once; more are queued.")
-    max_queued_jobs: int = Field(
-        default=1024, ge=0, le=100_000, description="Jobs that wait for those that run; more are refused for now."
+    single_pipeline: bool = Field(
+        default=False, description="After its first job, a worker takes jobs of the same pipeline alone, to its end."
     )
     exit_when_idle_seconds: float = Field(
         default=0.0,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from granq.v1 import common_pb2, jobs_pb2
 from services.common.errors import (
+    WORKER_BUSY,
     AbortedError,
     GranqError,
     NotFoundError,
@@ -25,7 +26,6 @@ from services.coordinator.workers import Workers
 
 State = jobs_pb2.JobState
 PROCESS_DIED = "JOB_PROCESS_DIED"
-QUEUE_FULL = "QUEUE_FULL"
 _UNAVAILABLE = 14
 _FIRST_DELAY = 0.5
 _LAST_DELAY = 10.0
@@ -88,7 +88,7 @@ class JobRunner:
 
         Raises:
             GranqError: The job failed, was cancelled at the worker (AbortedError), or the worker stayed away too long.
-                One whose queue is full is asked again, for as long as it takes.
+                A worker that is busy is asked again, for as long as it takes.
         """
         while True:
             try:
@@ -97,7 +97,7 @@ class JobRunner:
                 await self._bear(error, time.monotonic() - self._last_answer)
                 continue
             except ResourceExhaustedError as error:
-                if error.reason != QUEUE_FULL:
+                if error.reason != WORKER_BUSY:
                     raise
                 self._answered()
                 await self._bear(error, 0.0)

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 
 from google.protobuf.message import Message
 
@@ -11,6 +10,7 @@ from granq.v1 import jobs_pb2
 from services.common import metrics, tracing
 from services.common.artifacts import ArtifactStore
 from services.common.errors import (
+    WORKER_BUSY,
     CancelledError,
     GranqError,
     NotFoundError,
@@ -20,24 +20,15 @@ from services.common.errors import (
 )
 from services.common.jobs.process import JobProcess
 from services.common.jobs.records import JobRecords, other_request, request_digest
-from services.common.jobs.run import Run
+from services.common.jobs.run import ActiveRun, Run
 from services.common.jobs.usage import Usage
 from services.common.logs import get_logger
 from services.common.settings import ServerSettings
 from services.common.slots import Slots
 
+_MAX_ACTIVE = 1024
 _MAX_HELD = 128
 _log = get_logger("services.common.jobs")
-
-
-@dataclass
-class _Active:
-    """A run that has not ended."""
-
-    task: asyncio.Task[None] | None = None
-    process: JobProcess | None = None
-    leave_queue: asyncio.Event = field(default_factory=asyncio.Event)
-    interruption: GranqError | None = None
 
 
 class JobManager:
@@ -71,11 +62,11 @@ class JobManager:
         self._kill_after = kill_after
         self._on_success = on_success
         self._records = JobRecords(store)
-        self._max_active = max_running + settings.max_queued_jobs
+        self._pipeline_id: str | None = None
         self._slots = Slots(max_running)
         self.usage = Usage()
         self._runs: dict[str, Run] = {}
-        self._active: dict[Run, _Active] = {}
+        self._active: dict[Run, ActiveRun] = {}
         # Two equal starts at once must not begin two runs.
         self._lock = asyncio.Lock()
         self._closing = False
@@ -87,7 +78,7 @@ class JobManager:
 
         Raises:
             AlreadyExistsError: The id belongs to another request.
-            ResourceExhaustedError: Too many jobs wait; reason QUEUE_FULL.
+            ResourceExhaustedError: Too many jobs wait, or it works for another pipeline; reason WORKER_BUSY.
             UnavailableError: The server is about to end, or the store cannot be reached.
         """
         digest = request_digest(kind, request)
@@ -114,12 +105,15 @@ class JobManager:
             return run.snapshot()
         if self._closing:
             raise self._stopping()
-        if len(self._active) >= self._max_active:
-            raise ResourceExhaustedError("all jobs that may run or wait here do; try later", reason="QUEUE_FULL")
+        if len(self._active) >= _MAX_ACTIVE:
+            raise ResourceExhaustedError(f"{_MAX_ACTIVE} jobs are here already; try later", reason=WORKER_BUSY)
+        if self._settings.single_pipeline and self._pipeline_id not in (None, key.pipeline_id):
+            raise ResourceExhaustedError("this worker has another pipeline; try later", reason=WORKER_BUSY)
         await asyncio.to_thread(self._records.claim, key.job_id, digest)
+        self._pipeline_id = key.pipeline_id
         self._runs.pop(key.job_id, None)
         run = self._runs[key.job_id] = Run(kind, key, digest)
-        active = self._active[run] = _Active()
+        active = self._active[run] = ActiveRun()
         active.task = asyncio.create_task(self._traced(run, active, request), name=f"job {key.job_id}")
         self._forget_oldest()
         return run.snapshot()
@@ -218,14 +212,14 @@ class JobManager:
         # Nothing happens where the process has ended by then.
         asyncio.get_running_loop().call_later(self._kill_after, process.kill)
 
-    async def _traced(self, run: Run, active: _Active, request: Message) -> None:
+    async def _traced(self, run: Run, active: ActiveRun, request: Message) -> None:
         # Below the RPC that started it, since a task begins with a copy of what is current where it is made.
         job = tracing.span(f"job {run.kind}", granq_job_id=run.job_id, granq_pipeline_id=run.key.pipeline_id)
         with self.usage.used(), job as span:
             await self._execute(run, active, request)
             tracing.note_outcome(span, run.outcome)
 
-    async def _execute(self, run: Run, active: _Active, request: Message) -> None:
+    async def _execute(self, run: Run, active: ActiveRun, request: Message) -> None:
         log = _log.bind(kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id, run_id=run.run_id)
         queued, began = metrics.JOBS_QUEUED.labels(run.kind), time.monotonic()
         success: jobs_pb2.Job | None
@@ -274,7 +268,7 @@ class JobManager:
                 log.warning("job failed", reason=known.reason, error=known.message)
             run.fail(error)
 
-    async def _run_process(self, run: Run, active: _Active, request: Message) -> jobs_pb2.JobResult:
+    async def _run_process(self, run: Run, active: ActiveRun, request: Message) -> jobs_pb2.JobResult:
         process = await JobProcess.spawn(run.kind, self._kinds[run.kind], run.key, request, self._settings, run.run_id)
         run.begin()
         _log.info("job began", kind=run.kind, job_id=run.job_id, pipeline_id=run.key.pipeline_id, pid=process.pid)

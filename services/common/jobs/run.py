@@ -4,9 +4,11 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 from granq.v1 import jobs_pb2
 from services.common.errors import CancelledError, GranqError, to_failure
+from services.common.jobs.process import JobProcess
 
 MAX_EVENTS = 512
 """Events that a run keeps for those who come later; at the reporting rate, some two minutes or more."""
@@ -166,3 +168,13 @@ class Run:
             if self._closed:
                 raise closed
             await changed.wait()
+
+
+@dataclass
+class ActiveRun:
+    """What belongs to a run that has not ended."""
+
+    task: asyncio.Task[None] | None = None
+    process: JobProcess | None = None
+    leave_queue: asyncio.Event = field(default_factory=asyncio.Event)
+    interruption: GranqError | None = None

@@ -14,7 +14,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from granq.v1 import jobs_pb2
-from services.common.errors import GranqError, NotFoundError
+from services.common.errors import WORKER_BUSY, GranqError, NotFoundError, ResourceExhaustedError
 from services.common.rpc.worker_client import WorkerClient
 
 _RESOLVE_SECONDS = 2.0
@@ -81,15 +81,23 @@ class WorkerReplicas:
         self._choosing = asyncio.Lock()
 
     async def start(self, request: Message) -> jobs_pb2.Job:
-        """Start a job at the least busy server, or attach to it, or resume it, where it is."""
+        """Start a job at the least busy server that takes it, or attach to it, or resume it, where it is."""
         keyed: Any = request
         job_id: str = keyed.key.job_id
         async with self._choosing:
-            replica = await self._find(job_id) or await self._least_busy()
-            with replica.used() as client:
-                job = await client.start(request)
-        self._remember(job_id, replica)
-        return job
+            owner = await self._find(job_id)
+            replicas = [owner] if owner is not None else await self._by_load()
+            for replica in replicas:
+                try:
+                    with replica.used() as client:
+                        job = await client.start(request)
+                except ResourceExhaustedError as error:
+                    if error.reason != WORKER_BUSY or replica is replicas[-1]:
+                        raise
+                else:
+                    self._remember(job_id, replica)
+                    return job
+        raise AssertionError("a name means one server at least")
 
     async def get(self, job_id: str) -> jobs_pb2.Job:
         """Return a job as it is now."""
@@ -178,10 +186,10 @@ class WorkerReplicas:
             except GranqError as error:
                 return error
 
-    async def _least_busy(self) -> _Replica:
+    async def _by_load(self) -> list[_Replica]:
+        """Return the servers, the least busy first."""
         replicas = await self._current()
         if len(replicas) == 1:
-            return replicas[0]
+            return replicas
         counts = await asyncio.gather(*(replica.client.active_jobs() for replica in replicas))
-        _, replica = min(zip(counts, replicas, strict=True), key=lambda pair: pair[0])
-        return replica
+        return [replica for _, replica in sorted(zip(counts, replicas, strict=True), key=lambda pair: pair[0])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from granq.v1 import artifacts_pb2, common_pb2, generator_pb2, jobs_pb2
-from services.common.errors import NotFoundError, UnavailableError
+from services.common.errors import NotFoundError, ResourceExhaustedError, UnavailableError
 from services.common.rpc import GrpcServer, worker_replicas
 from services.common.rpc.worker_client import WorkerClient
 from services.common.rpc.worker_replicas import WorkerReplicas, resolve
@@ -15,9 +15,9 @@ from services.common.settings import ServerSettings
 from tests.support.job_server import create_server
 
 
-def request(job_id: str) -> generator_pb2.StartSynthesizeRequest:
+def request(job_id: str, pipeline_id: str = "p1") -> generator_pb2.StartSynthesizeRequest:
     return generator_pb2.StartSynthesizeRequest(
-        key=jobs_pb2.JobKey(job_id=job_id, pipeline_id="p1"),
+        key=jobs_pb2.JobKey(job_id=job_id, pipeline_id=pipeline_id),
         model=common_pb2.ModelSource(
             artifact=artifacts_pb2.Artifact(digest="sha256:" + "0" * 64), architecture="until_cancelled"
         ),
@@ -112,6 +112,25 @@ async def test_a_server_that_is_gone_is_replaced_and_one_that_is_silent_is_waite
     cluster.listed = [cluster.listed[1 - owner]]
     await replicas.start(request("a"))
     assert await cluster.jobs_at(1 - owner) == {"a"}
+    await replicas.close()
+
+
+async def test_a_busy_server_is_passed_over(cluster: Cluster) -> None:
+    for server in cluster.servers:
+        assert server._jobs is not None
+        server._jobs._settings = server.settings.model_copy(update={"single_pipeline": True})
+    replicas = cluster.replicas()
+    await replicas.start(request("a"))
+    await replicas.start(request("b", "p2"))
+    places = [await cluster.jobs_at(0), await cluster.jobs_at(1)]
+    assert sorted(map(len, places)) == [1, 1]
+    # Both are equally busy, and one of them is this pipeline's.
+    for job_id, pipeline_id, other in (("c", "p1", "a"), ("d", "p2", "b")):
+        await replicas.start(request(job_id, pipeline_id))
+        assert {job_id, other} in [await cluster.jobs_at(0), await cluster.jobs_at(1)]
+    with pytest.raises(ResourceExhaustedError, match="another pipeline") as refused:
+        await replicas.start(request("e", "p3"))
+    assert refused.value.reason == "WORKER_BUSY"
     await replicas.close()
 
 

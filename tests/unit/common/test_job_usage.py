@@ -1,4 +1,4 @@
-"""A worker that nobody uses retires; one that is used, in whichever way, does not."""
+"""A worker that nobody uses retires; one that is used, in whichever way, does not. One may be for a single pipeline."""
 
 import asyncio
 import time
@@ -22,15 +22,15 @@ IDLE = 0.1
 
 @pytest.fixture
 async def manager(tmp_path: Path) -> AsyncIterator[JobManager]:
-    settings = ServerSettings(artifact_url=(tmp_path / "store").as_uri(), cache_dir=tmp_path, max_queued_jobs=0)
+    settings = ServerSettings(artifact_url=(tmp_path / "store").as_uri(), cache_dir=tmp_path)
     manager = JobManager(ArtifactStore(settings.artifact_url), settings, KINDS, max_running=1)
     yield manager
     await manager.close(0)
 
 
-async def start(manager: JobManager, kind: str, job_id: str) -> jobs_pb2.Job:
+async def start(manager: JobManager, kind: str, job_id: str, pipeline_id: str = "") -> jobs_pb2.Job:
     request = generator_pb2.StartSynthesizeRequest(
-        key=jobs_pb2.JobKey(job_id=job_id), model=common_pb2.ModelSource(architecture=kind)
+        key=jobs_pb2.JobKey(job_id=job_id, pipeline_id=pipeline_id), model=common_pb2.ModelSource(architecture=kind)
     )
     return await manager.start(kind, request.key, request)
 
@@ -71,15 +71,19 @@ async def test_a_worker_retires_after_its_last_job_was_read(manager: JobManager,
     assert (await manager.get("a")).result == job.result
 
 
-async def test_a_full_queue_refuses_until_a_job_has_ended(manager: JobManager, tmp_path: Path) -> None:
-    await start(manager, "until_told", "a")
-    assert (await start(manager, "until_told", "a")).key.job_id == "a", "attaches"
-    with pytest.raises(ResourceExhaustedError, match="later") as refused:
-        await start(manager, "count", "b")
-    assert refused.value.reason == "QUEUE_FULL"
-    (tmp_path / "told").touch()
-    async for event in manager.watch("a"):
-        if event.job.state == jobs_pb2.JOB_STATE_SUCCEEDED:
-            # At once, as a pipeline goes on to its next stage.
-            await start(manager, "count", "b")
-    assert [event.job.state async for event in manager.watch("b")][-1] == jobs_pb2.JOB_STATE_SUCCEEDED
+async def test_a_worker_of_one_pipeline_refuses_others(tmp_path: Path) -> None:
+    settings = ServerSettings(artifact_url=(tmp_path / "store").as_uri(), cache_dir=tmp_path, single_pipeline=True)
+    manager = JobManager(ArtifactStore(settings.artifact_url), settings, KINDS, max_running=1)
+    try:
+        await start(manager, "count", "a", "first")
+        with pytest.raises(ResourceExhaustedError, match="later") as refused:
+            await start(manager, "count", "b", "second")
+        assert refused.value.reason == "WORKER_BUSY"
+        await start(manager, "count", "c", "first")
+        for job_id in ("a", "c"):
+            ends = [event.job.state async for event in manager.watch(job_id)]
+            assert ends[-1] == jobs_pb2.JOB_STATE_SUCCEEDED
+        with pytest.raises(ResourceExhaustedError):
+            await start(manager, "count", "b", "second")
+    finally:
+        await manager.close(0)

@@ -39,7 +39,7 @@ def _job(state: jobs_pb2.JobState, step: int | None = None, code: int = 0, reaso
 
 DIED = _job(FAILED, code=14, reason="JOB_PROCESS_DIED")
 AWAY = UnavailableError("away")
-FULL = ResourceExhaustedError("full", reason="QUEUE_FULL")
+BUSY = ResourceExhaustedError("busy", reason="WORKER_BUSY")
 FORGOTTEN = NotFoundError("forgotten")
 Scene = Sequence[jobs_pb2.Job | Exception]
 
@@ -176,10 +176,10 @@ async def test_patience_ends() -> None:
     assert case.told == ["UNAVAILABLE"]
 
 
-async def test_a_full_queue_is_waited_for_beyond_all_patience_and_told_once() -> None:
-    case = Case(*([FULL] for _ in range(100)), [_job(SUCCEEDED)], patience=0.01)
+async def test_a_busy_worker_is_waited_for_beyond_all_patience_and_told_once() -> None:
+    case = Case(*([BUSY] for _ in range(100)), [_job(SUCCEEDED)], patience=0.01)
     assert await case.runner.run() == RESULT
-    assert case.told == ["QUEUE_FULL"]
+    assert case.told == ["WORKER_BUSY"]
 
 
 async def test_jobs_that_fail_as_unavailable_are_repeated_until_patience_ends() -> None:

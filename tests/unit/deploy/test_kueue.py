@@ -57,7 +57,7 @@ def test_its_pods_are_those_of_the_deployment_and_end_by_themselves(scaled: Obje
     (container,) = template["spec"]["containers"]
     container["env"] += [
         {"name": "GRANQ_EXIT_WHEN_IDLE_SECONDS", "value": "120"},
-        {"name": "GRANQ_MAX_QUEUED_JOBS", "value": "0"},
+        {"name": "GRANQ_SINGLE_PIPELINE", "value": "true"},
     ]
     found = scaled["spec"]["jobTargetRef"]["template"]
 
