@@ -71,14 +71,22 @@ def read_details(status: bytes) -> tuple[str, str]:
         if number != 3:  # Status.details
             continue
         parts = dict(_fields(detail))  # Any: 1 type_url, 2 value
-        kind = parts.get(1, b"").rsplit(b"/", 1)[-1]
+        kind, content = parts.get(1, b"").rsplit(b"/", 1)[-1], parts.get(2, b"")
         if kind == b"google.rpc.ErrorInfo":
-            reason = reason or dict(_fields(parts.get(2, b""))).get(1, b"").decode()
+            reason = reason or dict(_fields(content)).get(1, b"").decode()
+            # Where the request is well-formed, the field is metadata: entries of a map, 1 key, 2 value.
+            metadata = dict(entry for number, value in _fields(content) if number == 3 for entry in [_entry(value)])
+            field = field or metadata.get(b"field", b"").decode()
         elif kind == b"google.rpc.BadRequest":
-            violations = [value for number, value in _fields(parts.get(2, b"")) if number == 1]
+            violations = [value for number, value in _fields(content) if number == 1]
             if violations and not field:
                 field = dict(_fields(violations[0])).get(1, b"").decode()
     return reason, field
+
+
+def _entry(message: bytes) -> tuple[bytes, bytes]:
+    parts = dict(_fields(message))
+    return parts.get(1, b""), parts.get(2, b"")
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:

@@ -103,6 +103,7 @@ class ArtifactTransfer:
             raise ResourceExhaustedError(
                 f"this server takes blobs of up to {self._max_bytes} bytes; use the store directly for larger ones",
                 reason="ARTIFACT_TOO_LARGE",
+                field="header.size_bytes",
             )
 
 

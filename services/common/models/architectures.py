@@ -128,6 +128,12 @@ def _classifier(model: nn.Module) -> str:
 def _check_names(name: str, expected: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in expected]
+    for key, value in expected.items():
+        if key in state and value.is_floating_point() and not state[key].is_floating_point():
+            raise refuse(
+                "WEIGHTS_INVALID",
+                f"tensor {key!r} has elements of type {state[key].dtype}; save the weights as float32",
+            )
     wrong = [
         f"{key} (is {tuple(state[key].shape)}, must be {tuple(value.shape)})"
         for key, value in expected.items()

@@ -15,6 +15,8 @@ from granq.channel import service_config
 from granq.cli.session import DEFAULT_ADDRESS
 from granq.errors import GranqClientError, read_details
 from granq.v1 import artifacts_pb2, coordinator_pb2
+from services.common.errors import NotFoundError
+from services.common.rpc.status import to_status
 
 
 def modules_after(statement: str) -> set[str]:
@@ -96,6 +98,11 @@ def test_details_are_read_from_the_wire_format() -> None:
     violations = [{"field": "spec.model", "description": "d"}, {"field": "other", "description": "d"}]
     status.details.add().Pack(error_details_pb2.BadRequest(field_violations=violations))
     assert read_details(status.SerializeToString()) == ("MODEL_NO_BATCH_NORM", "spec.model")
+
+
+def test_a_field_at_fault_in_a_good_request_is_read_too() -> None:
+    error = NotFoundError("gone", reason="ARTIFACT_NOT_FOUND", field="spec.model.artifact.digest")
+    assert read_details(to_status(error).SerializeToString()) == (error.reason, error.field)
 
 
 @pytest.mark.parametrize("broken", [b"\x1a\xff\x01abc", b"\x1f", b"\x80"])

@@ -128,3 +128,13 @@ def test_normalization_of_another_number_of_channels(archive: Path, refusal: Ref
     error = refusal(archive, normalization=common_pb2.Normalization(mean=[0.5], std=[0.2, 0.3]))
     assert error.reason == "NORMALIZATION_MISMATCH"
     assert error.field == "model.normalization.std"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_weights_of_integers_are_refused_by_name(refusal: Refusal, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Those of an architecture by name went on as they were, until PyTorch failed to compute with them."""
+    state = {name: tensor.to(dtype) for name, tensor in resnet20(10, 1).state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    error = refusal(tmp_path / "x.safetensors", architecture="resnet20", input_shape=(1, 16, 16))
+    assert (error.reason, error.field) == ("WEIGHTS_INVALID", "model.artifact")
+    assert f"'conv.weight' has elements of type {dtype}" in error.message
