@@ -18,6 +18,7 @@ from services.common.artifacts import ArtifactStore
 from services.evaluator import runtimes
 from tests.support.disks import on_a_small_disk
 from tests.support.evaluator_server import Evaluator, key, running_evaluator
+from tests.support.hostile_graphs import float_weights, outside, truncated, unknown
 from tests.support.onnx_graphs import quantized
 from tests.support.servers import ServerProcess
 from tests.support.waiting import eventually, is_gone
@@ -76,27 +77,6 @@ async def test_a_cancelled_build_leaves_no_process_and_no_file(tmp_path: Path, m
         assert building
         assert list(temporary.iterdir()) == []
         assert stored(tmp_path / "artifacts") == before
-
-
-def truncated(model: onnx.ModelProto) -> bytes:
-    return model.SerializeToString()[:-100]
-
-
-def unknown(model: onnx.ModelProto) -> bytes:
-    next(node for node in model.graph.node if node.op_type == "GlobalAveragePool").op_type = "NoSuchOperation"
-    return model.SerializeToString()
-
-
-def outside(model: onnx.ModelProto) -> bytes:
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "conv1_codes")
-    tensor.ClearField("raw_data")
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../../etc/passwd")
-    return model.SerializeToString()
-
-
-def float_weights(model: onnx.ModelProto) -> bytes:
-    return quantized(float_weights=("conv2",)).SerializeToString()
 
 
 BAD: dict[Callable[[onnx.ModelProto], bytes], tuple[Code, str, str]] = {

@@ -1,0 +1,1 @@
+"""Sends bad and hostile inputs to the real servers: `python -m benchmarks.bad_inputs`."""
