@@ -78,8 +78,8 @@ async def test_an_empty_blob_is_a_blob(transfer: ArtifactTransfer) -> None:
         ((Header(size_bytes=4), b"abc"), InvalidArgumentError, "header.size_bytes"),
         ((Header(size_bytes=2), b"abc"), InvalidArgumentError, "header.size_bytes"),
         ((Header(digest=_digest(b"abd")), b"abc"), InvalidArgumentError, "header.digest"),
-        ((Header(size_bytes=LIMIT + 1),), ResourceExhaustedError, ""),
-        ((Header(), *[bytes(CHUNK_BYTES)] * 9), ResourceExhaustedError, ""),
+        ((Header(size_bytes=LIMIT + 1),), ResourceExhaustedError, "header.size_bytes"),
+        ((Header(), *[bytes(CHUNK_BYTES)] * 9), ResourceExhaustedError, "header.size_bytes"),
     ],
 )
 async def test_wrong_uploads_leave_nothing(
