@@ -45,7 +45,7 @@ def cases() -> Iterator[tuple[str, str, Ask]]:
     headers = {
         "upload whose digest is another's": artifacts_pb2.UploadHeader(digest=absent),
         "upload that is longer than declared": artifacts_pb2.UploadHeader(size_bytes=1),
-        "upload that is shorter than declared": artifacts_pb2.UploadHeader(size_bytes=1 << 40),
+        "upload declared as 1 TiB": artifacts_pb2.UploadHeader(size_bytes=1 << 40),
         "upload named ../../x": artifacts_pb2.UploadHeader(name="../../x"),
     }
 
