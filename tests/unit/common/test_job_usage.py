@@ -38,15 +38,15 @@ async def start(manager: JobManager, kind: str, job_id: str, pipeline_id: str = 
 async def test_the_time_begins_anew_with_each_use() -> None:
     usage = Usage()
     began = time.monotonic()
-    waiting = asyncio.create_task(usage.unused(0.2))
+    waiting = asyncio.create_task(usage.unused(0.1))
     for _ in range(3):
         with usage.used(), usage.used():
             # Longer than the time alone would last.
-            assert not (await asyncio.wait({waiting}, timeout=0.25))[0]
+            assert not (await asyncio.wait({waiting}, timeout=0.15))[0]
         last = time.monotonic()
     await waiting
-    assert time.monotonic() - last >= 0.2
-    assert time.monotonic() - began >= 0.95
+    assert time.monotonic() - last >= 0.1
+    assert time.monotonic() - began >= 0.55
 
 
 async def test_a_worker_that_never_had_a_job_retires_and_takes_none(manager: JobManager) -> None:

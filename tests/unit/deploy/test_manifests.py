@@ -60,7 +60,7 @@ def schema_errors(item: Object, version: str) -> str:
     return ""
 
 
-@pytest.fixture(scope="module", params=[*OVERLAYS, OPTIONAL], ids=lambda name: str(name))
+@pytest.fixture(scope="module", params=[*OVERLAYS, OPTIONAL], ids=[*OVERLAYS, "optional"])
 def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Object]:
     if request.param is OPTIONAL:
         return render(overlay_on(tmp_path_factory.mktemp("overlay"), "overlays/cpu", *OPTIONAL))
