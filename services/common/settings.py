@@ -9,6 +9,8 @@ from pydantic_settings import SettingsConfigDict
 from services.common.security import SecuritySettings, is_loopback
 
 MIB = 1024 * 1024
+CACHE_BYTES = 4096 * MIB
+"""What local copies of remote artifacts may take by default: half of the `/tmp` that a pod has."""
 
 
 class ServerSettings(SecuritySettings):
@@ -42,6 +44,11 @@ class ServerSettings(SecuritySettings):
     )
     cache_dir: Path | None = Field(
         default=None, description="Local copies of remote artifacts. Default: granq in the user's cache folder."
+    )
+    cache_bytes: int = Field(
+        default=CACHE_BYTES,
+        ge=0,
+        description="What these copies may take, beside those in use; the ones used longest ago are removed first.",
     )
     ready_file: Path | None = Field(
         default=None,

@@ -142,7 +142,7 @@ class CoordinatorServer(GrpcServer):
         calls = DatabaseCalls(self._threads)
         self._hub = EventHub(self._repository, calls)
         self._transitions = Transitions(self._engine, self._hub.changed)
-        store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+        store = ArtifactStore.of(settings)
         table = DeviceTable(self._engine, Terms(settings.device_heartbeat_seconds, settings.device_lease_seconds))
         self._pool = _pool(settings, table, calls, self._workers)
         self._membership = Membership(

@@ -4,7 +4,7 @@ import asyncio
 
 from granq.v1 import evaluator_pb2_grpc
 from services.common.artifacts import ArtifactStore
-from services.common.artifacts.store import default_cache_dir
+from services.common.artifacts.cache import default_cache_dir
 from services.common.jobs import JobManager
 from services.common.rpc import GrpcServer
 from services.evaluator.coordinator_client import CoordinatorClient
@@ -30,7 +30,7 @@ class EvaluatorServer(GrpcServer):
     """
 
     def __init__(self, settings: EvaluatorSettings) -> None:
-        store = ArtifactStore(settings.artifact_url, settings.cache_dir, settings)
+        store = ArtifactStore.of(settings)
         self._runner = JobManager(store, settings, KINDS, settings.max_running_jobs, on_success=observe)
         super().__init__("evaluator", settings, self._runner)
         self._configured = settings

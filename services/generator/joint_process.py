@@ -70,7 +70,7 @@ def serve(opening: generator_pb2.CoTrainOpen, settings: GeneratorSettings, inbox
     def send(response: generator_pb2.CoTrainResponse) -> None:
         wire.write(outlet, Frame.RESULT, response.SerializeToString())
 
-    store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+    store = ArtifactStore.of(settings)
     limits = partial(limited_reading, settings, lambda field: wire.write(outlet, Frame.READING, field.encode()))
     training = JointTraining(opening, store, settings.torch_threads, settings.max_message_bytes, limits)
     send(training.draw())

@@ -15,7 +15,7 @@ def create_server(settings: GeneratorSettings) -> GrpcServer:
     Raises:
         UnavailableError: The artifact store cannot be reached.
     """
-    store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+    store = ArtifactStore.of(settings)
     jobs = JobManager(store, settings, KINDS, settings.max_running_jobs)
     server = GrpcServer("generator", settings, jobs)
     sessions = JointSessions(settings, jobs.usage)

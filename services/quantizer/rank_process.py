@@ -222,7 +222,7 @@ def train(start: RankStart, request: quantizer_pb2.StartQuantizeRequest) -> None
     device = device_of(start.rank, start.size, prepare(settings))
     quantization = Quantization.from_proto(request.quantization)
     training = Training.from_proto(request.training).for_family(quantization)
-    model = load_model(request.model, ArtifactStore(settings.artifact_url, settings.cache_dir))
+    model = load_model(request.model, ArtifactStore.of(settings))
     student = build_student(model.module, quantization, model.pixel_range).to(device)
     teacher = no_grad_copy(model.module).to(device) if training.feature_weight else None
     source = _Received(bool(training.co_train))

@@ -10,7 +10,7 @@ from services.quantizer.settings import QuantizerSettings
 
 def create_server(settings: QuantizerSettings) -> GrpcServer:
     """Return the server, not started; called within its event loop."""
-    store = ArtifactStore(settings.artifact_url, settings.cache_dir)
+    store = ArtifactStore.of(settings)
     jobs = JobManager(store, settings, KINDS, settings.max_running_jobs)
     server = GrpcServer("quantizer", settings, jobs)
     server.add(quantizer_pb2_grpc.add_QuantizerServiceServicer_to_server, QuantizerServicer(jobs))

@@ -10,7 +10,8 @@ from typing import BinaryIO
 from granq.errors import GranqClientError
 from granq.transfer import Transfers
 from services.common.artifacts.backend import storage_operation
-from services.common.artifacts.local import LocalBackend, LocalStaged
+from services.common.artifacts.cache import CacheBackend
+from services.common.artifacts.local import LocalStaged
 from services.common.errors import CLASSES, GranqError, NotFoundError, UnavailableError
 from services.common.rpc.artifact_client import open_transfers
 from services.common.security import SecuritySettings
@@ -67,7 +68,7 @@ class CoordinatedBackend:
         security: What this service shows to the coordinator; None for nothing, in plain text.
     """
 
-    def __init__(self, address: str, folder: Path, files: LocalBackend, security: SecuritySettings | None) -> None:
+    def __init__(self, address: str, folder: Path, files: CacheBackend, security: SecuritySettings | None) -> None:
         self._transfers = open_transfers(address, security)
         self._folder = folder
         self._files = files
@@ -84,11 +85,13 @@ class CoordinatedBackend:
             if not path.startswith(_BLOBS):
                 raise
         try:
-            with storage_operation("open", OSError):
-                self._transfers.download(digest_of_path(path), self._folder / path, None)
+            with self._files.holding(path):
+                with storage_operation("open", OSError):
+                    self._transfers.download(digest_of_path(path), self._folder / path, None)
+                self._files.trim()
+                return self._files.open(path)
         except GranqClientError as error:
             raise self._missing(path, error) from error
-        return self._files.open(path)
 
     def size(self, path: str) -> int:
         """Return a file's length in bytes."""

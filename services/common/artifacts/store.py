@@ -1,21 +1,21 @@
 """Immutable blobs by their SHA-256, and small named references to them."""
 
-import hashlib
 import io
-import os
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 from urllib.parse import unquote, urlsplit
 
 from granq.v1 import artifacts_pb2
-from services.common.artifacts.backend import Backend, Staged, storage_operation
+from services.common.artifacts.backend import Backend, storage_operation
+from services.common.artifacts.cache import CacheBackend, default_cache_dir
 from services.common.artifacts.local import LocalBackend
 from services.common.artifacts.names import blob_digest, blob_path, is_ref, not_found, ref_name, ref_path
 from services.common.artifacts.reader import VerifyingReader, damaged
+from services.common.artifacts.writer import ArtifactWriter
 from services.common.errors import DataLossError, InvalidArgumentError, NotFoundError
-from services.common.metrics import ARTIFACT_BYTES
 from services.common.security import SecuritySettings
+from services.common.settings import CACHE_BYTES, ServerSettings
 
 # Not all that fsspec knows: it would fetch from web servers, and chain URLs (::) into each other.
 _BUCKETS = ("s3", "gs", "gcs", "memory")
@@ -33,53 +33,6 @@ def _state(path: Path) -> tuple[int, ...]:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def default_cache_dir() -> Path:
-    """Return granq in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granq"
-
-
-class ArtifactWriter:
-    """Takes a blob's bytes; a context manager that drops them unless `commit` was called."""
-
-    def __init__(self, staged: Staged, name: str, media_type: str) -> None:
-        self._staged = staged
-        self._name = name
-        self._media_type = media_type
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-
-    @property
-    def digest(self) -> str:
-        """Digest of the bytes so far, as an artifact names it."""
-        return f"sha256:{self._hash.hexdigest()}"
-
-    def write(self, data: bytes) -> int:
-        """Append bytes and return their number.
-
-        Raises:
-            ResourceExhaustedError: The disk is full.
-            UnavailableError: The store cannot be reached.
-        """
-        self._staged.write(data)
-        self._hash.update(data)
-        self.size_bytes += len(data)
-        ARTIFACT_BYTES.labels("write").inc(len(data))
-        return len(data)
-
-    def commit(self) -> artifacts_pb2.Artifact:
-        """Make the blob visible and return it; raises as `write` does."""
-        self._staged.publish(blob_path(self.digest))
-        return artifacts_pb2.Artifact(
-            digest=self.digest, size_bytes=self.size_bytes, name=self._name, media_type=self._media_type
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._staged.discard()
-
-
 class ArtifactStore:
     """Blobs and references at one URL, shared by processes and machines.
 
@@ -88,19 +41,24 @@ class ArtifactStore:
     those that write raise ResourceExhaustedError when the disk is full.
 
     Args:
-        url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, or memory://name for tests. Credentials are
-            not part of it: drivers take them from the environment, where no message or log repeats them.
-
-
         url: Where: file:///folder, s3://bucket/prefix, gs://bucket/prefix, granq://host:port for the store of the
-            coordinator there, or memory://name for tests.
+            coordinator there, or memory://name for tests. Credentials are not part of it: drivers take them from the
+            environment, where no message or log repeats them.
         cache_dir: Local copies of a remote store's blobs. Default: granq in the user's cache folder.
         security: What is shown to the coordinator of a granq:// URL.
+        cache_bytes: What these copies may take, beside those in use.
     """
 
-    def __init__(self, url: str, cache_dir: Path | None = None, security: SecuritySettings | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        cache_dir: Path | None = None,
+        security: SecuritySettings | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.url = url
         self.cache_dir = cache_dir
+        self._cache: CacheBackend | None = None
         self._verified: dict[str, tuple[int, ...]] = {}
         self._backend: Backend
         parts = urlsplit(url)
@@ -111,8 +69,7 @@ class ArtifactStore:
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
                 raise InvalidArgumentError(f"a file URL is file:///absolute/folder, got {url!r}", field="artifact_url")
-            self._files = LocalBackend(Path(unquote(parts.path)))
-            self._backend = self._files
+            self._backend = self._files = LocalBackend(Path(unquote(parts.path)))
         elif parts.scheme == "granq":
             if not parts.netloc or parts.path not in ("", "/"):
                 message = f"a coordinator's store is granq://host:port, got {url!r}"
@@ -120,17 +77,22 @@ class ArtifactStore:
             from services.common.artifacts.coordinated import CoordinatedBackend  # a device's alone, as below
 
             folder = cache_dir or default_cache_dir()
-            self._files = LocalBackend(folder)
-            self._backend = CoordinatedBackend(parts.netloc, folder, self._files, security)
+            self._files = self._cache = CacheBackend(folder, cache_bytes)
+            self._backend = CoordinatedBackend(parts.netloc, folder, self._cache, security)
         elif parts.scheme in _BUCKETS and "::" not in url:
             # Here, because fsspec would cost every server and job with a local store its time to load.
             from services.common.artifacts.remote import RemoteBackend
 
-            self._files = LocalBackend(cache_dir or default_cache_dir())
+            self._files = self._cache = CacheBackend(cache_dir or default_cache_dir(), cache_bytes)
             self._backend = RemoteBackend(url, self._files)
         else:
             message = f"an artifact URL begins with file://, s3://, gs:// or granq://, got {url!r}"
             raise InvalidArgumentError(message, field="artifact_url")
+
+    @classmethod
+    def of(cls, settings: ServerSettings) -> Self:
+        """Return the store that a server's settings name."""
+        return cls(settings.artifact_url, settings.cache_dir, settings, settings.cache_bytes)
 
     def writer(self, name: str = "", media_type: str = "") -> ArtifactWriter:
         """Begin a blob. Use in a with statement, and call `commit` on the result at its end."""
@@ -179,9 +141,11 @@ class ArtifactStore:
         if not 0 <= offset <= size:
             raise InvalidArgumentError(f"the offset {offset} is outside of the {size} bytes", field="offset")
         if offset:
-            path = self.local_path(digest)
-            with storage_operation("open", OSError):
-                file = path.open("rb", buffering=_CHUNK)
+            # Once it is open, it may lose its name.
+            with self._cache.holding(blob_path(digest)) if self._cache else nullcontext():
+                path = self._verified_file(digest)
+                with storage_operation("open", OSError):
+                    file = path.open("rb", buffering=_CHUNK)
             file.seek(offset)
             return file
         return self._reader(self._backend, digest)
@@ -212,12 +176,18 @@ class ArtifactStore:
         """Return a file with a blob's content, not to be changed: the store's own, or a copy of a remote one.
 
         It is verified when it is asked for the first time, and again whenever the file has changed since. A copy that
-        is damaged is replaced by a new one.
+        is damaged is replaced by a new one. The copy stays as long as this object lives, so servers, which live long,
+        leave this call to the processes of their jobs.
 
         Raises:
             NotFoundError: The store does not hold it.
             DataLossError: The stored bytes do not match the digest.
         """
+        if self._cache is not None:
+            self._cache.hold(blob_path(digest))
+        return self._verified_file(digest)
+
+    def _verified_file(self, digest: str) -> Path:
         path = blob_path(digest)
         try:
             file = self._files.local_path(path)

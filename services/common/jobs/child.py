@@ -116,7 +116,7 @@ def _lost() -> bytes:
 def _run(
     start: StartFrame, request: bytes, settings: ServerSettings, outlet: Outlet, orders: Orders
 ) -> jobs_pb2.JobResult:
-    store = ArtifactStore(settings.artifact_url, settings.cache_dir, settings)
+    store = ArtifactStore.of(settings)
     lease = Lease(store, start.job_id, start.run_id, settings.lease_seconds)
     context = JobContext(
         start.job_id,

@@ -3,7 +3,7 @@
 Labels are bounded: methods, codes, kinds of jobs and names of losses, never an id and never a user's text.
 """
 
-from services.common.metrics.artifacts import ARTIFACT_BYTES, artifact_operation
+from services.common.metrics.artifacts import ARTIFACT_BYTES, CACHE_REMOVED_BYTES, artifact_operation
 from services.common.metrics.build import show_build
 from services.common.metrics.children import CHILDREN
 from services.common.metrics.disk import DISKS
@@ -25,6 +25,7 @@ from services.common.metrics.training import TrainingMetrics
 
 __all__ = [
     "ARTIFACT_BYTES",
+    "CACHE_REMOVED_BYTES",
     "CHILDREN",
     "DISKS",
     "JOBS",

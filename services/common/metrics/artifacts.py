@@ -12,6 +12,10 @@ ARTIFACT_SECONDS = Counter("granq_artifact_operation_seconds", "Time that these 
 ARTIFACT_ERRORS = Counter(
     "granq_artifact_errors", "Operations that failed; a file that is not there is no failure.", ["operation"]
 )
+CACHE_REMOVED_BYTES = Counter(
+    "granq_artifact_cache_removed_bytes",
+    "Bytes of local copies of remote artifacts that made room for others.",
+)
 
 OPERATIONS = ("open", "read", "write", "flush", "publish", "stat", "replace", "delete", "list")
 for _operation in OPERATIONS:
