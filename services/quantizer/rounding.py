@@ -21,7 +21,9 @@ LARGEST = (
 POSITIONS = 784  # of an image that are looked at, 28×28, evenly spread; neighbours tell the same
 BLOCK = 64  # columns between two updates of all that follow
 CHUNK = 8  # images that are unfolded at a time
-INSIDE = 0.49  # how far from a code a weight may stay: it rounds to the code and is least changed
+INSIDE = (
+    0.2  # how far from a code a weight may stay: from nearer the edge, the first steps of a training undo the choice
+)
 
 
 def covariance(layer: QuantizedLayer, codes: Tensor) -> tuple[Tensor, int]:

@@ -12,8 +12,9 @@ from services.quantizer.calibrate import best_scale, calibrate
 from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training, WeightGranularity
 from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.flat_areas import FlatAreas
+from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
 from services.quantizer.losses import generator_loss, student_loss
-from services.quantizer.optimizers import ADAM_BETA2, SCALE_LEARNING_RATE
+from services.quantizer.optimizers import ADAM_BETA2, EPSILON, SCALE_CODES
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 from tests.support.models import Residual, captured
@@ -62,29 +63,61 @@ QUANTIZATIONS = [
 ]
 
 
-def published_or_relative(
-    parameters: dict[str, nn.Parameter], *, deployable: bool
-) -> tuple[torch.optim.Optimizer, list[float]]:
-    """The optimizer that training should use, and the rates of its groups before the schedule."""
-    if not deployable:
-        plain = [*parameters.values()]
-        return torch.optim.SGD(plain, 0.01, momentum=0.9, weight_decay=1e-4, nesterov=True), [0.01]
-    groups, rates = [], []
-    for name, value in parameters.items():
-        scale = name.endswith(("log_scale", "log_step"))
-        size = float(value.detach().square().mean().sqrt()) if not scale else 0.0
-        if name.endswith("bias") and size == 0:
-            size = float(parameters[name.removesuffix("bias") + "weight"].detach().square().mean().sqrt())
-        groups.append({"params": [value], "weight_decay": 0.0 if scale else 1e-4})
-        rates.append(SCALE_LEARNING_RATE if scale else 0.01 * size)
-    return torch.optim.AdamW(groups, 0.01, betas=(0.9, ADAM_BETA2)), rates
+class Reference:
+    """The optimizer that training should use, from PyTorch's own: of p, or of z where p = p₀ + unit·z."""
+
+    def __init__(self, student: nn.Module, *, deployable: bool) -> None:
+        self.parameters = dict(student.named_parameters())
+        self.units: dict[str, Tensor] = {}
+        if not deployable:
+            plain = [*self.parameters.values()]
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(plain, 0.01, momentum=0.9, nesterov=True)
+            self.rates = [0.01]
+            return
+        for name, module in student.named_modules():
+            if isinstance(module, ActivationQuantizer):
+                self.units[f"{name}.log_scale"] = torch.tensor(1 / max(15, module.code_range.hi))
+            elif isinstance(module, QuantizedLayer):
+                size, size_of_bias = (float(p.detach().square().mean().sqrt()) for p in (module.weight, module.bias))
+                codes = 2.5 * module.log_step.detach().exp()
+                in_weights = (codes.view(-1, *[1] * (module.weight.dim() - 1)) / module.input_scale()).detach()
+                self.units[f"{name}.weight"] = in_weights.clamp(max=size)
+                half_range = module.quantizer.code_range.hi / 2
+                self.units[f"{name}.bias"] = (codes * half_range).clamp(max=size_of_bias or size)
+                self.units[f"{name}.log_step"] = torch.tensor(1 / max(15, module.limit))
+        assert self.units.keys() == self.parameters.keys()
+        self.first = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.moved = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        groups = [{"params": [z]} for z in self.moved.values()]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, ADAM_BETA2), eps=EPSILON)
+        self.rates = [SCALE_CODES if name.endswith(("log_scale", "log_step")) else 0.01 for name in self.moved]
+
+    def step(self, loss: Tensor, factor: float) -> None:
+        """Follow the gradient of a loss at ``factor`` times the rates."""
+        gradients = torch.autograd.grad(loss, [*self.parameters.values()])
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = factor * rate
+        for (name, p), gradient in zip(self.parameters.items(), gradients, strict=True):
+            if self.units:
+                self.moved[name].grad = gradient * self.units[name]
+            else:
+                p.grad = gradient
+        self.optimizer.step()
+        for name, unit in self.units.items():
+            self.parameters[name].data = self.first[name] + unit * self.moved[name]
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=["deployable", "simulated"])
 def test_an_iteration_equals_the_published_sequence(quantization: Quantization) -> None:
     """One run of the student gives what two runs, one for each loss, give."""
     training = Training(
-        co_train=True, epochs=2, iterations_per_epoch=2, warmup_epochs=1, batch_size=8, learning_rate=0.01
+        co_train=True,
+        epochs=2,
+        iterations_per_epoch=2,
+        warmup_epochs=1,
+        batch_size=8,
+        learning_rate=0.01,
+        weight_decay=0.0,
     )
     losses = GeneratorLosses()
     student = student_of(quantization)
@@ -94,7 +127,7 @@ def test_an_iteration_equals_the_published_sequence(quantization: Quantization) 
     parameters = dict(twin.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_()
-    optimizer, rates = published_or_relative(parameters, deployable=quantization.deployable)
+    reference = Reference(twin, deployable=quantization.deployable)
     plain = ReplaySource(batch(), 8, 0, torch.device("cpu"))
     for iteration in range(4):
         trainer.step()
@@ -105,11 +138,7 @@ def test_an_iteration_equals_the_published_sequence(quantization: Quantization) 
             assert torch.allclose(got, expected, rtol=1e-4, atol=1e-8)
         if iteration >= 2:
             factor = 0.5 * (1 + math.cos(math.pi * (iteration - 2) / 2))
-            optimizer.zero_grad()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = factor * rate
-            student_loss(data.logits, twin(images.detach()), 20.0).backward()
-            optimizer.step()
+            reference.step(student_loss(data.logits, twin(images.detach()), 20.0), factor)
         for name, value in student.named_parameters():
             assert torch.allclose(value, parameters[name], rtol=1e-5, atol=1e-7), (iteration, name)
 
