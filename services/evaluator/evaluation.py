@@ -46,6 +46,7 @@ def evaluate_graphs(request: evaluator_pb2.StartEvaluateRequest, context: JobCon
         FailedPreconditionError: The engine does not run on this machine.
         InvalidArgumentError: A graph or the set is damaged, or they do not fit together.
         NotFoundError: The store does not hold an artifact.
+        ResourceExhaustedError: Reading a graph, the set or the engine takes more memory than it may.
     """
     with ExitStack() as stack:
         return _evaluate(request, context, stack)
@@ -120,10 +121,10 @@ def _load_engine(request: evaluator_pb2.StartEvaluateRequest, context: JobContex
     require_fit(manifest)
     if request.HasField("onnx_trt") and manifest.onnx_digest != request.onnx_trt.digest:
         raise InvalidArgumentError("the engine was built from another graph than onnx_trt", field=ENGINE)
-    plan = context.store.read_bytes(manifest.engine.digest)
     gpu = Cuda()
     stack.callback(gpu.close)
-    model = EngineModel(plan, manifest, gpu)
+    with context.reading(ENGINE, manifest.engine):
+        model = EngineModel(context.store.local_path(manifest.engine.digest).read_bytes(), manifest, gpu)
     stack.callback(model.close)
     return model
 
