@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from granq.v1 import evaluator_pb2, jobs_pb2, reports_pb2
 from services.common.jobs import JobContext
+from services.common.jobs.reading import fetched
 from services.evaluator.settings import EvaluatorSettings
 
 
@@ -22,8 +23,10 @@ def build_engine(request: evaluator_pb2.StartBuildEngineRequest, context: JobCon
 
     Raises:
         CancelledError: The job was cancelled.
+        DataLossError: The stored bytes of the graph do not match its digest.
         FailedPreconditionError: The runtime is missing, failed or warned, or a convolution came out in float.
         InvalidArgumentError: The graph is damaged or cannot be parsed, or the target is impossible.
+        NotFoundError: The store does not hold the graph.
         ResourceExhaustedError: The build took too long.
         UnavailableError: The build's process died.
     """
@@ -32,7 +35,7 @@ def build_engine(request: evaluator_pb2.StartBuildEngineRequest, context: JobCon
 
     start = time.perf_counter()
     settings: EvaluatorSettings = context.settings
-    source = context.store.local_path(request.onnx_trt.digest)
+    source = fetched(context.store, "onnx_trt", request.onnx_trt)
     with TemporaryDirectory(prefix="granq-build-") as folder:
         plan = Path(folder, "plan")
         built = build_plan(source, "onnx_trt", request.target, plan, context, settings.build_seconds, context.store)

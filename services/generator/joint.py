@@ -10,7 +10,7 @@ import torch
 from granq.v1 import common_pb2, generator_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
-from services.common.jobs.reading import Reading
+from services.common.jobs.reading import Reading, reading_of
 from services.common.tensors import fill_tensor, from_tensor
 from services.generator.states import Effort, load_state, save_state
 from services.generator.synthesis import Batch, SynthesisParameters
@@ -30,7 +30,7 @@ class JointTraining:
         store: Holds the model and the states.
         threads: CPU threads to compute with.
         max_message_bytes: Largest message that can be sent.
-        limits: Under which the model is read. Default: none.
+        limits: Under which the model and the state are read. Default: none.
 
     Raises:
         InvalidArgumentError: The model or the state cannot be used, or a batch does not fit into a message.
@@ -50,7 +50,8 @@ class JointTraining:
         self._synthesizer, self._belongs_to = create_synthesizer(request.model, parameters, store, threads, limits)
         self._check_size(max_message_bytes)
         if request.HasField("resume_from"):
-            load_state(store, request.resume_from, self._synthesizer, self._belongs_to)
+            with reading_of(limits, store, "resume_from", request.resume_from):
+                load_state(store, request.resume_from, self._synthesizer, self._belongs_to)
         self._batch: Batch | None = None
 
     def _check_size(self, limit: int) -> None:

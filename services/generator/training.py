@@ -6,7 +6,7 @@ import torch
 
 from granq.v1 import common_pb2
 from services.common.artifacts import ArtifactStore
-from services.common.jobs.reading import Reading
+from services.common.jobs.reading import Reading, reading_of
 from services.common.models import load_model
 from services.generator.synthesis import SynthesisParameters, Synthesizer
 
@@ -29,8 +29,7 @@ def create_synthesizer(
         NotFoundError: The store does not hold it.
     """
     device = prepare_torch(threads)
-    size = store.local_path(model.artifact.digest).stat().st_size
-    with limits("model.artifact", size):
+    with reading_of(limits, store, "model.artifact", model.artifact):
         teacher = load_model(model, store)
     synthesizer = Synthesizer(
         teacher.module, teacher.input_shape, teacher.num_classes, parameters, device, teacher.pixel_range

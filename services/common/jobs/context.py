@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from granq.v1 import artifacts_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
 from services.common.errors import CancelledError, DataLossError, GranqError, InvalidArgumentError, NotFoundError
-from services.common.jobs.reading import Reading
+from services.common.jobs.reading import Reading, reading_of
 from services.common.settings import ServerSettings
 from services.common.tracing import Phases
 
@@ -142,9 +142,10 @@ class JobContext:
 
         Raises:
             NotFoundError: The store does not hold the artifact.
+            DataLossError: The stored bytes do not match its digest.
             ResourceExhaustedError: Within the block: READ_MEMORY when the file needs more memory than it may have.
         """
-        return self.limits(field, 0 if artifact is None else self.store.local_path(artifact.digest).stat().st_size)
+        return self.limits(field, 0) if artifact is None else reading_of(self.limits, self.store, field, artifact)
 
     def reading_each(self, field: str, items: Iterator[_Item], size_bytes: int) -> Iterator[_Item]:
         """Yield what an iterator reads from a file that is not this software's own, each item under the limits.

@@ -4,8 +4,18 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
-from services.common.errors import GranqError, InvalidArgumentError, ResourceExhaustedError, is_out_of_memory
+from granq.v1 import artifacts_pb2
+from services.common.artifacts import ArtifactStore
+from services.common.errors import (
+    DataLossError,
+    GranqError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    is_out_of_memory,
+)
 from services.common.settings import ServerSettings
 
 Reading = Callable[[str, int], AbstractContextManager[None]]
@@ -13,6 +23,31 @@ Reading = Callable[[str, int], AbstractContextManager[None]]
 
 _BYTES_PER_BYTE = 6
 _CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+
+
+def fetched(store: ArtifactStore, field: str, artifact: artifacts_pb2.Artifact) -> Path:
+    """Return a local file of what a request's field names.
+
+    Raises:
+        NotFoundError: The store does not hold it; names the field.
+        DataLossError: The stored bytes do not match its digest; names the field.
+    """
+    try:
+        return store.local_path(artifact.digest)
+    except (NotFoundError, DataLossError) as error:
+        error.field = field
+        raise
+
+
+def reading_of(
+    limits: Reading, store: ArtifactStore, field: str, artifact: artifacts_pb2.Artifact
+) -> AbstractContextManager[None]:
+    """Fetch what a request's field names, however long that takes, and return the limits to read it under.
+
+    Raises:
+        NotFoundError, DataLossError: As `fetched`.
+    """
+    return limits(field, fetched(store, field, artifact).stat().st_size)
 
 
 @contextmanager

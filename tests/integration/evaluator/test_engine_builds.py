@@ -93,14 +93,14 @@ async def test_graphs_that_cannot_be_built_are_told_by_field(evaluator: Evaluato
     artifacts = {make.__name__: evaluator.store.put_bytes(make(quantized())) for make in BAD}
     # A digest that nothing has, and one whose bytes are no longer those that it stands for.
     artifacts["absent"] = artifacts_pb2.Artifact(digest="sha256:" + "0" * 64)
-    expected["absent"] = (Code.NOT_FOUND, "", "does not hold sha256:0000")
+    expected["absent"] = (Code.NOT_FOUND, "onnx_trt", "does not hold sha256:0000")
     artifacts["flipped"] = evaluator.put(seed=1)
     path = ArtifactStore(evaluator.store.url).local_path(artifacts["flipped"].digest)
     path.chmod(0o644)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    expected["flipped"] = (Code.DATA_LOSS, "", "store the artifact again")
+    expected["flipped"] = (Code.DATA_LOSS, "onnx_trt", "store the artifact again")
     before = stored(tmp_path / "artifacts")
     for name, artifact in artifacts.items():
         await evaluator.calls.StartBuildEngine(

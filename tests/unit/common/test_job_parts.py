@@ -9,7 +9,7 @@ import pytest
 
 from granq.v1 import artifacts_pb2, common_pb2, generator_pb2, jobs_pb2
 from services.common.artifacts import ArtifactStore
-from services.common.errors import AlreadyExistsError, CancelledError, UnavailableError
+from services.common.errors import AlreadyExistsError, CancelledError, DataLossError, NotFoundError, UnavailableError
 from services.common.jobs import JobContext, wire
 from services.common.jobs.context import checkpoint_ref
 from services.common.jobs.records import JobRecords, request_digest
@@ -97,6 +97,20 @@ def test_cancellation(recorder: Recorder) -> None:
     recorder.cancelled.set()
     with pytest.raises(CancelledError):
         recorder.context.check_cancelled()
+
+
+def test_what_the_store_does_not_give_is_told_by_field(recorder: Recorder, tmp_path: Path) -> None:
+    artifact = recorder.context.store.put_bytes(b"model")
+    (blob,) = tmp_path.rglob(artifact.digest.removeprefix("sha256:"))
+    blob.chmod(0o644)
+    blob.write_bytes(b"other")
+    with pytest.raises(DataLossError) as damaged:
+        recorder.context.reading("model.artifact", artifact)
+    blob.unlink()
+    with pytest.raises(NotFoundError) as missing:
+        recorder.context.reading("model.artifact", artifact)
+    assert (damaged.value.reason, damaged.value.field) == ("BLOB_DAMAGED", "model.artifact")
+    assert (missing.value.reason, missing.value.field) == ("ARTIFACT_NOT_FOUND", "model.artifact")
 
 
 def test_checkpoint(recorder: Recorder) -> None:

@@ -152,8 +152,9 @@ def test_missing_artifact(bench: EvaluatorBench) -> None:
     request = evaluator_pb2.StartEvaluateRequest(
         onnx_float=missing, dataset=labelled(bench, images(2), np.zeros(2, int))
     )
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError) as caught:
         evaluate_graphs(request, bench.context)
+    assert caught.value.field == "onnx_float"
 
 
 def test_cancelled_between_batches(bench: EvaluatorBench) -> None:

@@ -1,11 +1,9 @@
-from pathlib import Path
-
 import pytest
 import torch
 
-from granq.v1 import common_pb2, generator_pb2
+from granq.v1 import artifacts_pb2, common_pb2, generator_pb2
 from services.common.artifacts import ArtifactStore
-from services.common.errors import InvalidArgumentError
+from services.common.errors import InvalidArgumentError, NotFoundError
 from services.common.tensors import to_tensor
 from services.generator.joint import JointTraining
 from tests.support.teachers import teacher
@@ -15,9 +13,18 @@ def _zeros(*shape: int) -> common_pb2.Tensor:
     return to_tensor(torch.zeros(shape).numpy())
 
 
-def test_what_the_student_sends_is_checked(tmp_path: Path) -> None:
-    store = ArtifactStore((tmp_path / "store").as_uri())
-    training = JointTraining(generator_pb2.CoTrainOpen(model=teacher(store, tmp_path), batch_size=4), store, 1, 1 << 20)
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    return ArtifactStore(tmp_path_factory.mktemp("store").as_uri())
+
+
+@pytest.fixture(scope="module")
+def model(store: ArtifactStore, tmp_path_factory: pytest.TempPathFactory) -> common_pb2.ModelSource:
+    return teacher(store, tmp_path_factory.mktemp("model"))
+
+
+def test_what_the_student_sends_is_checked(store: ArtifactStore, model: common_pb2.ModelSource) -> None:
+    training = JointTraining(generator_pb2.CoTrainOpen(model=model, batch_size=4), store, 1, 1 << 20)
     response = training.draw()
     assert response.batch.iteration == 0
     assert list(response.batch.images.shape) == [4, 3, 8, 8]
@@ -41,10 +48,21 @@ def test_what_the_student_sends_is_checked(tmp_path: Path) -> None:
     assert after.state.digest != before.state.digest
 
 
-def test_a_batch_must_fit_into_a_message(tmp_path: Path) -> None:
-    store = ArtifactStore((tmp_path / "store").as_uri())
-    opening = generator_pb2.CoTrainOpen(model=teacher(store, tmp_path), batch_size=4096)
+def test_a_batch_must_fit_into_a_message(store: ArtifactStore, model: common_pb2.ModelSource) -> None:
+    opening = generator_pb2.CoTrainOpen(model=model, batch_size=4096)
     with pytest.raises(InvalidArgumentError) as caught:
         JointTraining(opening, store, 1, 1 << 20)
     assert (caught.value.reason, caught.value.field) == ("BATCH_TOO_LARGE", "open.batch_size")
     assert str(((1 << 20) - 4096) // (4 * (192 + 5) + 8)) in caught.value.message
+
+
+def test_what_the_store_does_not_hold_is_told_by_field(store: ArtifactStore, model: common_pb2.ModelSource) -> None:
+    absent = artifacts_pb2.Artifact(digest=f"sha256:{'0' * 64}")
+    openings = {
+        "model.artifact": generator_pb2.CoTrainOpen(model=common_pb2.ModelSource(artifact=absent), batch_size=4),
+        "resume_from": generator_pb2.CoTrainOpen(model=model, batch_size=4, resume_from=absent),
+    }
+    for field, opening in openings.items():
+        with pytest.raises(NotFoundError) as caught:
+            JointTraining(opening, store, 1, 1 << 20)
+        assert caught.value.field == field
