@@ -9,8 +9,7 @@ from sqlalchemy.orm import Session
 
 from services.common.errors import InvalidArgumentError, UnavailableError
 from services.coordinator.schema import upgrade
-
-_BUSY_SECONDS = 30
+from services.coordinator.sqlite import BUSY_SECONDS, LinedConnection
 
 
 def parse_url(text: str) -> URL:
@@ -51,10 +50,11 @@ def database_engine(url: URL) -> Engine:
     """Return access to the database; nothing is connected yet.
 
     SQLite runs in write-ahead mode, so that readers never wait for the writer, and takes its write lock at the begin of
-    a writing transaction, so that read-then-write never fails half-way. Committed rows outlive a power loss.
+    a writing transaction, so that read-then-write never fails half-way; writers wait in line. Committed rows outlive a
+    power loss.
     """
     if sqlite_path(url) is not None:
-        engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+        engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "factory": LinedConnection})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -82,7 +82,7 @@ def prepare_database(engine: Engine) -> None:
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
     # The driver's own transaction handling begins too late (at the first write); SQLAlchemy's begin event does it here.
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_SECONDS * 1000}"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_SECONDS * 1000}"):
         connection.execute(f"PRAGMA {pragma}")
 
 
