@@ -1,9 +1,10 @@
 """The workflow engine: DBOS behind the few calls that the coordinator needs.
 
-What DBOS gives: a started workflow is on disk before `start` returns, and a restarted process goes on behind its last
-finished step. What it does not give is done here or by the caller: executor id and application version set explicitly
-(with the defaults, a second process runs a live step twice and every code change orphans what was running); cancelling
-that takes effect in the middle of a step; and finding workflows that no process drives (`sweeper.py`).
+What DBOS gives: a process that is started again goes on behind the last finished step of each workflow. What it does
+not give is done here or by the caller: executor id and application version set explicitly (with the defaults, a second
+process runs a live step twice and every code change orphans what was running); cancelling that takes effect in the
+middle of a step; finding workflows that no process drives (`sweeper.py`); and a queue. A workflow begins with its turn:
+one that waits costs a submission as much as the pipeline's row, and all others their time in garbage collections.
 
 Steps return short strings, nothing else: results are in the pipeline's own row, so a workflow can be given up and its
 pipeline driven by a new one, of any code version, without losing a stage. JSON is the serialization, never pickle.
@@ -20,7 +21,10 @@ from typing import Any
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, SetWorkflowID, StepOptions
 from sqlalchemy import URL
 
+from services.common.logs import get_logger
 from services.common.slots import Place, Slots
+from services.coordinator.database import sqlite_path
+from services.coordinator.sqlite import QuickConnection
 
 CONTINUE = "continue"
 """What a step returns when the workflow goes on with the next one; anything else ends the workflow."""
@@ -29,6 +33,8 @@ PlaceOf = Callable[[str], Coroutine[Any, Any, Place]]
 RunStep = Callable[[str, int, int], Coroutine[Any, Any, str]]
 
 _LIVE = ("PENDING", "ENQUEUED", "DELAYED")
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,14 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 def workflow_id(pipeline_id: str, attempt: int) -> str:
     """Return the id of the workflow that drives an attempt of a pipeline."""
     return f"{pipeline_id}-{attempt}"
+
+
+async def _end(*tasks: "asyncio.Task[Any] | None") -> None:
+    ending = {task for task in tasks if task is not None}
+    for task in ending:
+        task.cancel()
+    if ending:
+        await asyncio.wait(ending)
 
 
 class WorkflowEngine:
@@ -80,6 +94,7 @@ class WorkflowEngine:
         self._run_step = run_step
         self._slots = Slots(max_running)
         self._place_of = place_of
+        self._turns: dict[str, asyncio.Task[None]] = {}
         self._tasks: dict[str, asyncio.Task[object]] = {}
         self._version = application_version
         # DBOS gives its logger a handler and a format of its own unless it has one; records shall go to the root.
@@ -87,6 +102,7 @@ class WorkflowEngine:
         if not logger.handlers:
             logger.addHandler(logging.NullHandler())
         logger.addFilter(_is_worth_reading)
+        sqlite = sqlite_path(url) is not None
         self._config = DBOSConfig(
             name="granq-coordinator",
             system_database_url=url.render_as_string(hide_password=False),
@@ -97,6 +113,9 @@ class WorkflowEngine:
             enable_otlp=False,
             scheduler_polling_interval_sec=3600.0,  # nothing is scheduled
             sys_db_pool_size=8,
+            # A power cut may take back what the engine wrote last to SQLite: the pipelines' own rows, which it cannot,
+            # have all that is needed to start a workflow anew. A file needs no question whether it still answers.
+            db_engine_kwargs={"connect_args": {"factory": QuickConnection}, "pool_pre_ping": False} if sqlite else None,
         )
 
     def launch(self) -> None:
@@ -121,35 +140,59 @@ class WorkflowEngine:
         if task is not None:
             self._tasks[name] = task
         try:
+            if name in self._turns:
+                return await self._take_steps(pipeline_id, attempt)
+            # Recovered; it waits here where there are fewer slots now.
             async with self._slots.hold(await self._place_of(pipeline_id)):
-                outcome = CONTINUE
-                for number, step in self._steps:
-                    options = StepOptions(name=step)
-                    outcome = await DBOS.run_step_async(options, self._run_step, pipeline_id, attempt, number)
-                    if outcome != CONTINUE:
-                        break
-                return outcome
+                return await self._take_steps(pipeline_id, attempt)
         finally:
             if self._tasks.get(name) is task:
                 del self._tasks[name]
 
-    async def start(self, pipeline_id: str, attempt: int) -> None:
-        """Start the workflow of an attempt; nothing happens when it was started before."""
-        with SetWorkflowID(workflow_id(pipeline_id, attempt)):
-            await DBOS.start_workflow_async(self._workflow, pipeline_id, attempt)
+    async def _take_steps(self, pipeline_id: str, attempt: int) -> str:
+        outcome = CONTINUE
+        for number, step in self._steps:
+            options = StepOptions(name=step)
+            outcome = await DBOS.run_step_async(options, self._run_step, pipeline_id, attempt, number)
+            if outcome != CONTINUE:
+                break
+        return outcome
+
+    def start(self, pipeline_id: str, attempt: int) -> None:
+        """Have the workflow of an attempt start in its turn; nothing happens when it was started before.
+
+        Until then this process alone knows of it. When it ends before, the sweeper of the next one calls this again.
+        """
+        name = workflow_id(pipeline_id, attempt)
+        if not self.running(pipeline_id, attempt):
+            turn = asyncio.create_task(self._start_in_turn(pipeline_id, attempt))
+            self._turns[name] = turn
+            # Not at its end: one that is cancelled before it began has none.
+            turn.add_done_callback(lambda _turn: self._turns.pop(name))
+
+    async def _start_in_turn(self, pipeline_id: str, attempt: int) -> None:
+        try:
+            async with self._slots.hold(await self._place_of(pipeline_id)):
+                if await self.record(pipeline_id, attempt) is None:
+                    with SetWorkflowID(workflow_id(pipeline_id, attempt)):
+                        handle = await DBOS.start_workflow_async(self._workflow, pipeline_id, attempt)
+                    await handle.get_result()
+        except Exception:
+            log.exception("workflow broke off; the sweeper looks at it", pipeline_id=pipeline_id, attempt=attempt)
 
     async def cancel(self, pipeline_id: str, attempt: int) -> None:
         """Cancel the workflow of an attempt, its running step included when that runs in this process."""
         name = workflow_id(pipeline_id, attempt)
+        if name not in self._tasks:
+            await _end(self._turns.get(name))
         await DBOS.cancel_workflow_async(name)
-        task = self._tasks.get(name)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+        await _end(self._tasks.get(name))
+        await _end(self._turns.get(name))
 
     def running(self, pipeline_id: str, attempt: int) -> bool:
-        """Return whether this process runs the workflow."""
-        return workflow_id(pipeline_id, attempt) in self._tasks
+        """Return whether this process runs the workflow, or has it wait for its turn."""
+        name = workflow_id(pipeline_id, attempt)
+        return name in self._turns or name in self._tasks
 
     async def record(self, pipeline_id: str, attempt: int) -> WorkflowRecord | None:
         """Return what the database says of a workflow; None when it was never started."""
@@ -165,11 +208,8 @@ class WorkflowEngine:
 
     async def close(self) -> None:
         """Stop without ending any workflow: each stays on disk, and the next process goes on with it."""
-        tasks = set(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await _end(*self._turns.values())
+        await _end(*self._tasks.values())
         # DBOS put its pool, which ends here, in the place of the loop's default one, which others go on to use.
         loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(thread_name_prefix="default")
         loop.set_default_executor(pool)

@@ -79,24 +79,35 @@ class PipelineManager:
             NotFoundError: The store does not hold the model or the dataset.
             AlreadyExistsError: The request id belongs to another spec.
         """
+        pipeline, created = await self._calls.call(self._admit, spec, request_id, owner)
+        if created:
+            log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, client_request_id=request_id)
+            link_pipeline(pipeline.pipeline_id, 1)
+            # It waits in memory; what is stored, the sweeper starts after a crash.
+            self._engine.start(pipeline.pipeline_id, 1)
+        return pipeline
+
+    def _admit(
+        self, spec: coordinator_pb2.PipelineSpec, request_id: str, owner: str
+    ) -> tuple[coordinator_pb2.Pipeline, bool]:
+        """Check and store a pipeline, and return it and whether this call made it.
+
+        Blocks. One call, since between two each would wait again for a thread, behind those that wait for the database.
+        """
         # Before the checks: a repeat gets its pipeline even when the model was removed from the store meanwhile.
-        earlier = await self._calls.call(self._repository.find, spec, request_id, owner)
+        earlier = self._repository.find(spec, request_id, owner)
         if earlier is not None:
-            return earlier
-        await self._calls.call(check_spec, spec, self._store)
-        pipeline, created = await self._calls.call(self._repository.create, spec, request_id, self._executor_id, owner)
+            return earlier, False
+        check_spec(spec, self._store)
+        pipeline, created = self._repository.create(spec, request_id, self._executor_id, owner)
         if created:
             try:
                 # Once more, now that the pipeline keeps them: they may have been removed between the two.
-                await self._calls.call(check_stored, spec, self._store)
+                check_stored(spec, self._store)
             except GranqError:
-                await self._calls.call(self._repository.withdraw, pipeline.pipeline_id)
+                self._repository.withdraw(pipeline.pipeline_id)
                 raise
-            log.info("pipeline submitted", pipeline_id=pipeline.pipeline_id, client_request_id=request_id)
-            link_pipeline(pipeline.pipeline_id, 1)
-            # A crash right here leaves the pipeline QUEUED without a workflow; the sweeper then starts it.
-            await self._engine.start(pipeline.pipeline_id, 1)
-        return pipeline
+        return pipeline, created
 
     async def get(self, pipeline_id: str) -> coordinator_pb2.Pipeline:
         """Return a pipeline, or raise NotFoundError."""
@@ -182,7 +193,7 @@ class PipelineManager:
         async with self._strays:
             attempt = await self._calls.call(self._transitions.retry, pipeline_id, self._executor_id)
         pipeline = await self.get(pipeline_id)
-        await self._engine.start(pipeline_id, attempt)
+        self._engine.start(pipeline_id, attempt)
         log.info("pipeline retried", pipeline_id=pipeline_id, attempt=attempt)
         return pipeline
 

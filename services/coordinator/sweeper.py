@@ -131,7 +131,7 @@ class Sweeper:
             return
         record = await self._engine.record(*key)
         if record is None:
-            await self._engine.start(*key)
+            self._engine.start(*key)
         elif record.live and record.executor_id == self._executor_id and record.application_version != self._version:
             await self._take_over(pipeline, f"it was begun by version {record.application_version}")
         elif key in self._suspects:
@@ -154,7 +154,7 @@ class Sweeper:
             return
         log.warning("took over a pipeline", pipeline_id=pipeline.pipeline_id, why=why)
         await self._engine.cancel(pipeline.pipeline_id, pipeline.attempt)
-        await self._engine.start(pipeline.pipeline_id, adopted)
+        self._engine.start(pipeline.pipeline_id, adopted)
 
     async def close(self) -> None:
         """Stop sweeping."""

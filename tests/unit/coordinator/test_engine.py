@@ -74,10 +74,11 @@ async def test_steps_run_in_order_and_starting_again_changes_nothing(tmp_path: P
     steps = Steps()
     async with _engine(tmp_path, steps.run) as engine:
         assert await engine.record("p", 1) is None
-        await asyncio.gather(*(engine.start("p", 1) for _ in range(4)))
+        for _ in range(4):
+            engine.start("p", 1)
         await _until_ended(engine, "p", 1)
-        await engine.start("p", 1)
-        await engine.start("p", 2)
+        engine.start("p", 1)
+        engine.start("p", 2)
         await _until_ended(engine, "p", 2)
         await engine.forget("p", 2)
         assert await engine.record("p", 1) is None
@@ -87,16 +88,18 @@ async def test_steps_run_in_order_and_starting_again_changes_nothing(tmp_path: P
 async def test_a_step_can_end_the_workflow(tmp_path: Path) -> None:
     steps = Steps(ends_at=2)
     async with _engine(tmp_path, steps.run) as engine:
-        await engine.start("p", 1)
+        engine.start("p", 1)
         await _until_ended(engine, "p", 1)
-        assert not engine.running("p", 1)
+        async with asyncio.timeout(10):
+            while engine.running("p", 1):
+                await asyncio.sleep(0.01)
     assert [step for _name, _attempt, step in steps.ran] == [1, 2]
 
 
 async def test_cancelling_interrupts_a_running_step(tmp_path: Path) -> None:
     steps = Steps(blocked_at=2)
     async with _engine(tmp_path, steps.run) as engine:
-        await engine.start("p", 1)
+        engine.start("p", 1)
         await asyncio.wait_for(steps.reached.wait(), 10)
         assert engine.running("p", 1)
         async with asyncio.timeout(2):
@@ -111,7 +114,7 @@ async def test_cancelling_interrupts_a_running_step(tmp_path: Path) -> None:
 async def test_a_closed_engine_leaves_its_workflow_to_the_next_one(tmp_path: Path) -> None:
     before = Steps(blocked_at=2)
     async with _engine(tmp_path, before.run) as engine:
-        await engine.start("p", 1)
+        engine.start("p", 1)
         await asyncio.wait_for(before.reached.wait(), 10)
     after = Steps()
     async with _engine(tmp_path, after.run) as engine:
@@ -123,14 +126,14 @@ async def test_a_closed_engine_leaves_its_workflow_to_the_next_one(tmp_path: Pat
 async def test_another_version_does_not_touch_old_workflows_but_can_see_them(tmp_path: Path) -> None:
     before = Steps(blocked_at=1)
     async with _engine(tmp_path, before.run, "1") as engine:
-        await engine.start("p", 1)
+        engine.start("p", 1)
         await asyncio.wait_for(before.reached.wait(), 10)
     after = Steps()
     async with _engine(tmp_path, after.run, "2") as engine:
         record = await engine.record("p", 1)
         assert record is not None
         assert (record.live, record.executor_id, record.application_version) == (True, "me", "1")
-        await engine.start("q", 1)
+        engine.start("q", 1)
         await asyncio.wait_for(after.done.wait(), 20)
     assert {name for name, _attempt, _step in after.ran} == {"q"}
 
@@ -151,7 +154,7 @@ async def test_only_so_many_workflows_run_at_once(tmp_path: Path) -> None:
     async with _engine(tmp_path, run, max_running=2) as engine:
         names = [f"p{number}" for number in range(6)]
         for name in names:
-            await engine.start(name, 1)
+            engine.start(name, 1)
         async with asyncio.timeout(10):
             while len(running) < 2 or not all(engine.running(name, 1) for name in names):
                 await asyncio.sleep(0.01)
@@ -161,10 +164,33 @@ async def test_only_so_many_workflows_run_at_once(tmp_path: Path) -> None:
     assert most == 2
 
 
+async def test_who_waits_is_cancelled_without_a_trace_and_starts_after_a_stop_when_told_again(
+    tmp_path: Path,
+) -> None:
+    steps = Steps(blocked_at=1)
+    async with _engine(tmp_path, steps.run, max_running=1) as engine:
+        engine.start("first", 1)
+        await asyncio.wait_for(steps.reached.wait(), 10)
+        for name in ("cancelled", "stopped"):
+            engine.start(name, 1)
+        await engine.cancel("cancelled", 1)
+        assert not engine.running("cancelled", 1)
+        assert engine.running("stopped", 1)
+    after = Steps()
+    async with _engine(tmp_path, after.run) as engine:
+        assert await engine.record("cancelled", 1) is None
+        assert await engine.record("stopped", 1) is None
+        engine.start("stopped", 1)
+        await _until_ended(engine, "stopped", 1)
+        await _until_ended(engine, "first", 1)
+    assert {name for name, _attempt, _step in steps.ran} == {"first"}
+    assert {name for name, _attempt, _step in after.ran} == {"first", "stopped"}
+
+
 async def test_nothing_is_pickled(tmp_path: Path) -> None:
     steps = Steps()
     async with _engine(tmp_path, steps.run) as engine:
-        await engine.start("p", 1)
+        engine.start("p", 1)
         await _until_ended(engine, "p", 1)
     tables = create_engine(sqlite_url(tmp_path))
     with tables.connect() as connection:
@@ -185,7 +211,7 @@ async def test_those_that_wait_go_by_their_place(tmp_path: Path) -> None:
 
     async with _engine(tmp_path, run, max_running=1) as engine:
         for name in ("first", "unimportant", "second", "urgent"):
-            await engine.start(name, 1)
+            engine.start(name, 1)
             async with asyncio.timeout(10):
                 while not engine.running(name, 1):
                     await asyncio.sleep(0.01)
