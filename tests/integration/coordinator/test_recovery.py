@@ -73,6 +73,27 @@ async def test_a_killed_coordinator_attaches_to_the_running_job(
         assert len(worker.script.lines(each, "begins")) == 1, each
 
 
+async def test_a_pipeline_that_waited_outlives_a_kill(tmp_path: Path, worker: WorkerProcess) -> None:
+    coordinator = CoordinatorProcess(tmp_path, worker.address, max_running_pipelines="1")
+    coordinator.start()
+    client = Client(coordinator.address)
+    try:
+        worker.script.tell("inspect", stall_at=1)
+        first = (await client.submit()).pipeline_id
+        await client.until(first, lambda event: event.progress.step == 1)
+        waiting = (await client.submit()).pipeline_id
+        coordinator.kill()
+        worker.script.tell("inspect")
+        await asyncio.to_thread(coordinator.start)
+        await client.channel.channel_ready()
+        for name in (first, waiting):
+            await client.finish(name)
+        assert len(worker.script.lines("inspect", "begins")) == 2
+    finally:
+        await client.close()
+        coordinator.kill()
+
+
 async def test_a_killed_worker_resumes_its_job_after_its_restart(
     worker: WorkerProcess, coordinator: CoordinatorProcess, client: Client
 ) -> None:
