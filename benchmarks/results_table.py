@@ -54,10 +54,14 @@ class Table:
         title: Heading.
         columns: Names of the columns.
         notes: Lines above the table: what was run on what.
+        append: Leave what the file has, and write below it.
     """
 
-    def __init__(self, path: Path | None, title: str, columns: Sequence[str], notes: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path | None, title: str, columns: Sequence[str], notes: Sequence[str], append: bool = False
+    ) -> None:
         self._path = path
+        self._before = f"{path.read_text('utf-8')}\n" if append and path is not None and path.is_file() else ""
         program = ["python", "-m", _program(), *sys.argv[1:]]
         facts = [
             *notes,
@@ -74,7 +78,7 @@ class Table:
         print(self._lines[-1], flush=True)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("\n".join(self._lines) + "\n", "utf-8")
+            self._path.write_text(self._before + "\n".join(self._lines) + "\n", "utf-8")
 
 
 def _program() -> str:

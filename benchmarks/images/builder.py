@@ -1,26 +1,47 @@
-"""Builds images by buildah, which needs no daemon, from a base image that is put together of Debian's packages."""
+"""Builds images by buildah, which needs no daemon, from base images that are put together of Debian's packages."""
 
 import json
 import os
+import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.images import stand_ins
 from benchmarks.images.container import ImageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
+JETSON = "evaluator-jetson"
+_DOCKER = ROOT / "deploy" / "docker"
 # Certificates of this machine, for builds behind a proxy that has its own.
 _CERTIFICATES = "/etc/ssl/certs"
 # Stands in for the image of this name, which this machine cannot pull: the same Debian and Python, from its packages.
 BASE = "docker.io/library/python:3.11-slim-bookworm"
+_BASE_PACKAGES = "python3,python3-pip,python3-venv,ca-certificates"
 _BASE_FILE = """FROM scratch
 ADD base.tar /
 RUN ln -s python3 /usr/bin/python && rm -f /usr/lib/python3*/EXTERNALLY-MANAGED
 ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 """
+
+
+def dockerfile(target: str) -> Path:
+    """Return the Dockerfile that makes an image."""
+    return _DOCKER / ("jetson.Dockerfile" if target == JETSON else "Dockerfile")
+
+
+def default_argument(file: Path, name: str) -> str:
+    """Return the default of a Dockerfile's argument.
+
+    Raises:
+        ValueError: It has none of this name.
+    """
+    found = re.search(rf"^ARG {name}=(\S+)$", file.read_text(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{file.name} has no ARG {name}")
+    return found[1]
 
 
 class Builder:
@@ -34,7 +55,8 @@ class Builder:
     def __init__(self, folder: Path, indexes: list[str]) -> None:
         self.folder = folder
         self._indexes = indexes
-        folder.mkdir(parents=True, exist_ok=True)
+        self._stand_ins = folder / "stand-ins"
+        self._stand_ins.mkdir(parents=True, exist_ok=True)
         # Nothing is pulled, so there is nobody whose signature could be asked for.
         self._policy = folder / "policy.json"
         self._policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
@@ -48,14 +70,24 @@ class Builder:
             raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr or ''}")
         return run.stdout if quiet else ""
 
-    def make_base(self) -> None:
-        """Make the stand-in for Python's image, unless it is there."""
+    def make_bases(self, targets: Sequence[str]) -> None:
+        """Make the base images of these targets, unless they are there, and what else stands in for theirs."""
+        self._make_base()
+        stand_ins.tensorrt_libraries(self._stand_ins)
+        if JETSON in targets:
+            # NVIDIA's have TensorRT, besides. It is missing here; what loads it has to say so.
+            base = default_argument(dockerfile(JETSON), "L4T_TENSORRT")
+            self._buildah("tag", BASE, f"{base}-devel", f"{base}-runtime")
+            stand_ins.jetson_bindings(self._stand_ins, default_argument(dockerfile(JETSON), "TENSORRT_RELEASE"))
+            with self.mounted(BASE) as root:
+                stand_ins.python_archive(self._stand_ins, root)
+
+    def _make_base(self) -> None:
         images = self._buildah("images", "--format", "{{.Name}}:{{.Tag}}", quiet=True)
         if BASE in images.split():
             return
         archive = self.folder / "base.tar"
-        packages = "python3,python3-pip,python3-venv,ca-certificates"
-        command = ["mmdebstrap", "--variant=minbase", f"--include={packages}", "bookworm", str(archive)]
+        command = ["mmdebstrap", "--variant=minbase", f"--include={_BASE_PACKAGES}", "bookworm", str(archive)]
         subprocess.run(command, check=True)  # noqa: S603
         (self.folder / "Base").write_text(_BASE_FILE)
         build = ["build", "--isolation", "chroot", "--signature-policy", str(self._policy), "--tag", BASE]
@@ -63,22 +95,32 @@ class Builder:
         archive.unlink()
 
     def build(self, target: str) -> str:
-        """Build one target of the Dockerfile and return the image's name."""
+        """Build one target of its Dockerfile and return the image's name."""
         name = f"granq-{target}:check"
         options = ["--isolation", "chroot", "--network", "host", "--format", "docker", "--layers", "--pull-never"]
         options += ["--signature-policy", str(self._policy)]
         options += ["--volume", f"{_CERTIFICATES}:{_CERTIFICATES}:ro"]
         options += [f"--volume={index}:{index}:ro" for index in self._indexes if os.path.isabs(index)]
         # Not in the Dockerfile: this machine's indexes are none of its business.
-        options += ["--volume", f"{self._uv_settings()}:/etc/uv/uv.toml:ro"]
-        self._buildah("build", *options, "--target", target, "--tag", name, "--file", str(DOCKERFILE), str(ROOT))
+        options += ["--volume", f"{self._uv_settings(target)}:/etc/uv/uv.toml:ro"]
+        options += ["--volume", f"{self._stand_ins}:{self._stand_ins}:ro"]
+        if target == JETSON:
+            options += ["--build-arg", f"PYTHON_VERSION={stand_ins.JETSON_PYTHON}"]
+            # In place of the stage of this name, whose sources are out of reach.
+            options += ["--build-context", f"bindings={self._stand_ins}"]
+        file = str(dockerfile(target))
+        self._buildah("build", *options, "--target", target, "--tag", name, "--file", file, str(ROOT))
         return name
 
-    def _uv_settings(self) -> Path:
+    def _uv_settings(self, target: str) -> Path:
         path = self.folder / "uv.toml"
         urls = [Path(index).as_uri() if os.path.isabs(index) else index for index in self._indexes]
         lines = [f'[[index]]\nurl = "{url}"\n' for url in urls]
-        path.write_text("\n".join([*lines, '[[index]]\nurl = "https://pypi.org/simple"\ndefault = true\n']))
+        lines += ['[[index]]\nurl = "https://pypi.org/simple"\ndefault = true\n']
+        settings = f'find-links = ["{self._stand_ins}"]\n'
+        if target == JETSON:
+            settings += f'python-downloads-json-url = "{(self._stand_ins / "python.json").as_uri()}"\n'
+        path.write_text("\n".join([settings, *lines]))
         return path
 
     def config(self, image: str) -> ImageConfig:
