@@ -10,6 +10,7 @@ with TensorRT are asked for engines, and must refuse by what is missing.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def ask_for_engine(container: Container) -> list[str]:
             raise CheckError(f"asked for an engine, it answers {answer!r}")
     loaded = container.run("python", "-c", "import tensorrt")
     reason = loaded.stderr.strip().splitlines()[-1] if loaded.returncode else "loaded"
-    if "libnvinfer" not in reason:
+    if not re.search(r"\blibnv\w+\.so\.\d+: cannot open shared object file", reason):
         raise CheckError(f"import tensorrt: {loaded.returncode}, {loaded.stderr}")
     return [told["version"], told["measure"], told["build"], reason]
 
