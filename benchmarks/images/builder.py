@@ -113,7 +113,7 @@ class Builder:
         return name
 
     def _uv_settings(self, target: str) -> Path:
-        path = self.folder / "uv.toml"
+        path = self.folder / f"uv-{target}.toml"
         urls = [Path(index).as_uri() if os.path.isabs(index) else index for index in self._indexes]
         lines = [f'[[index]]\nurl = "{url}"\n' for url in urls]
         lines += ['[[index]]\nurl = "https://pypi.org/simple"\ndefault = true\n']
