@@ -5,6 +5,7 @@ The image's own Python runs it, by the image's own packages.
 
 import json
 import os
+from collections.abc import Callable
 
 import grpc
 
@@ -26,7 +27,7 @@ def answers(address: str) -> dict[str, str]:
             runtime_version=version,
             platform=listed.platform,
         )
-        requests = {
+        requests: dict[str, Callable[[], object]] = {
             "measure": lambda: stub.StartEvaluate(
                 evaluator_pb2.StartEvaluateRequest(
                     key=jobs_pb2.JobKey(job_id="measure"), onnx_float=graph, synthetic_set=graph, engine=engine
