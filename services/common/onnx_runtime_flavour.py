@@ -86,8 +86,30 @@ class _Rewriter:
         return reader is not None and reader.op_type == "QuantizeLinear"
 
 
+def _apart(trt: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy in which each layer has one reader: the exporter merges layers that differ in factors alone."""
+    result = onnx.ModelProto()
+    result.CopyFrom(trt)
+    nodes: list[NodeProto] = []
+    for node in result.graph.node:
+        nodes.append(node)
+        if node.op_type in ("Conv", "Gemm"):
+            factors = [n for n in result.graph.node if n.op_type == "Mul" and n.input[0] == node.output[0]]
+            for number, factor in enumerate(factors[1:], start=1):
+                twin = NodeProto()
+                twin.CopyFrom(node)
+                twin.name = f"{node.name}_{number}"
+                twin.output[0] = factor.input[0] = f"{node.output[0]}_again_{number}"
+                nodes.append(twin)
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del result.graph.node[:]
+    result.graph.node.extend(copies)
+    return result
+
+
 def to_onnx_runtime(trt: onnx.ModelProto) -> onnx.ModelProto:
     """Return the ONNX Runtime flavour of a graph that the quantizer exported for TensorRT; ``trt`` is left as it is."""
+    trt = _apart(trt)
     rewriter = _Rewriter(trt)
     done: set[str] = set()  # outputs of old nodes that a later pattern has replaced
     for node in trt.graph.node:

@@ -235,7 +235,7 @@ def _no_room(error: MemoryError | OSError) -> ResourceExhaustedError | None:
         return ResourceExhaustedError("there is no memory for this build", reason="OUT_OF_MEMORY")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         # Which one is the operator's to know: this goes to clients.
-        return ResourceExhaustedError("the disk for the build's files (TMPDIR) is full; free space", reason="DISK_FULL")
+        return ResourceExhaustedError("the disk that the engine is written to is full; free space", reason="DISK_FULL")
     return None
 
 

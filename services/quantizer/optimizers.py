@@ -83,7 +83,8 @@ def optimizer_for(student: nn.Module, training: Training) -> torch.optim.Optimiz
 @torch.no_grad()
 def _units(student: nn.Module) -> dict[nn.Parameter, Tensor]:
     """Return the unit of each value, shaped as its parameter; a bias counts as a weight at half its input's range."""
-    units: dict[nn.Parameter, Tensor] = {}
+    # What has no grid, such as the affine values of a BatchNorm layer that no layer takes in, goes by its size alone.
+    units = {p: torch.full_like(p, float(p.square().mean().sqrt())) for p in student.parameters()}
     for module in student.modules():
         if isinstance(module, ActivationQuantizer):
             units[module.log_scale] = _of_a_range(module.log_scale, module.code_range.hi)
