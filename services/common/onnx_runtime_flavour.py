@@ -11,6 +11,7 @@ and a linear layer MatMulInteger → Cast → Add → Mul, which are integer ker
 concatenation, a channel shuffle) rearranges the unsigned bytes.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,23 +88,25 @@ class _Rewriter:
 
 
 def _apart(trt: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy in which each layer has one reader: the exporter merges layers that differ in factors alone."""
+    """Return a copy in which each layer has one factor: the exporter merges layers that differ in factors alone."""
     result = onnx.ModelProto()
     result.CopyFrom(trt)
-    nodes: list[NodeProto] = []
-    for node in result.graph.node:
-        nodes.append(node)
-        if node.op_type in ("Conv", "Gemm"):
-            factors = [n for n in result.graph.node if n.op_type == "Mul" and n.input[0] == node.output[0]]
-            for number, factor in enumerate(factors[1:], start=1):
-                twin = NodeProto()
-                twin.CopyFrom(node)
-                twin.name = f"{node.name}_{number}"
-                twin.output[0] = factor.input[0] = f"{node.output[0]}_again_{number}"
-                nodes.append(twin)
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del result.graph.node[:]
-    result.graph.node.extend(copies)
+    layers = {node.output[0]: node for node in trt.graph.node if node.op_type in ("Conv", "Gemm")}
+    factors = Counter[str]()
+    for node in trt.graph.node:
+        sums = node.input[0] if node.op_type == "Mul" and node.input[0] in layers else ""
+        if sums:
+            factors[sums] += 1
+        again = f"{sums}_{factors[sums]}" if factors[sums] > 1 else ""
+        if again:
+            twin = result.graph.node.add()
+            twin.CopyFrom(layers[sums])
+            twin.name, twin.output[0] = f"node_{again}", again
+        kept = result.graph.node.add()
+        kept.CopyFrom(node)
+        if again:
+            kept.input[0] = again
     return result
 
 

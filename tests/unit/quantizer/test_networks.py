@@ -27,7 +27,7 @@ from services.quantizer.config import GeneratorLosses, Quantization, Training
 from services.quantizer.graph import layers, module_of
 from services.quantizer.integer import carries_codes, float_operations, integer_layers, is_exact, to_integer
 from services.quantizer.integer_modules import EXACT_LIMIT, Codes
-from services.quantizer.learned import ActivationQuantizer, QuantizedLinear
+from services.quantizer.learned import ActivationQuantizer, QuantizedLayer, QuantizedLinear
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student, no_grad_copy
 from services.quantizer.training import Trainer
@@ -187,6 +187,20 @@ def test_signed_and_unsigned_branches_are_quantized_behind_their_concatenation()
         True,
         False,
     ]
+
+
+def test_two_uses_of_a_layer_that_differ_in_their_factors_alone(tmp_path: Path) -> None:
+    student = build_student(captured(NETWORKS["Branches"](), SHAPE), Quantization(4, 4))
+    calibrate(student, images())
+    again = student.get_submodule("signed.0_1")
+    assert isinstance(again, QuantizedLayer)
+    again.log_step.data += 1e-6  # no code changes by that
+    integer = to_integer(student)
+    trt = export_trt(integer, SHAPE)
+    with torch.no_grad():
+        want = integer(images()).numpy()
+    got = opened(to_onnx_runtime(trt), reports_pb2.MEASURED_FORM_ONNX_ORT, tmp_path).run(images().numpy())
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 class Normalized(nn.Module):
