@@ -222,20 +222,19 @@ def main() -> int:
         except GranqError as error:
             send(error_line(error))
         except (MemoryError, OSError) as error:
-            known = _no_room(error)
+            known = _no_room(error, Path(spec.plan).parent)
             if known is None:
                 raise
             send(error_line(known))
     return 0
 
 
-def _no_room(error: MemoryError | OSError) -> ResourceExhaustedError | None:
+def _no_room(error: MemoryError | OSError, folder: Path) -> ResourceExhaustedError | None:
     """Return what to say of a machine that has no room for the build; None for other failures of the system."""
     if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
         return ResourceExhaustedError("there is no memory for this build", reason="OUT_OF_MEMORY")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        # Which one is the operator's to know: this goes to clients.
-        return ResourceExhaustedError("the disk that the engine is written to is full; free space", reason="DISK_FULL")
+        return ResourceExhaustedError(f"the disk with {folder} is full; free space and try again", reason="DISK_FULL")
     return None
 
 

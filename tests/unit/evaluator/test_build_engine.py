@@ -236,7 +236,7 @@ def test_a_full_disk_is_told_from_a_defect(
     code = f"{support.read_text()}\nimport sys\nsys.modules[__name__] = FakeTensorRT('11.4.0')\n"
     fake_runtime(tmp_path, monkeypatch, code)
     spec = spec_of(tmp_path, module="fake_runtime", plan="/dev/full")
-    with pytest.raises(ResourceExhaustedError, match="the disk that the engine is written to is full") as caught:
+    with pytest.raises(ResourceExhaustedError, match="the disk with /dev is full; free space") as caught:
         engine_build.run_build(spec, bench.context, 60)
     assert caught.value.reason == "DISK_FULL"
     assert any(p.phase == "building: Building Engine" for p in bench.reports)
