@@ -44,9 +44,17 @@ class ObjectStore:
         }
 
 
+def _moto(url: str, action: str, body: bytes = b"") -> None:
+    asked = urllib.request.Request(f"{url}/moto-api/{action}", body, {"Content-Type": "text/plain"})
+    urllib.request.urlopen(asked).close()
+
+
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
-    """Run a server for the block; it demands signed requests of its only user."""
+    """Run a server for the block; it demands signed requests of its only user.
+
+    What such a server keeps is the whole process's, so one runs at a time, and each begins with nothing.
+    """
     for name in ("moto", "werkzeug"):  # They log requests whole, in this very process.
         logging.getLogger(name).setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -54,6 +62,8 @@ def object_store() -> Iterator[ObjectStore]:
     try:
         _, port = server.get_host_and_port()
         url = f"http://127.0.0.1:{port}"
+        _moto(url, "reset")
+        _moto(url, "reset-auth", b"inf")
         session = boto3.Session("setup", "setup", region_name="us-east-1")
         session.client("s3", endpoint_url=url).create_bucket(Bucket=BUCKET)
         users = session.client("iam", endpoint_url=url)
@@ -61,8 +71,7 @@ def object_store() -> Iterator[ObjectStore]:
         users.put_user_policy(UserName="granq", PolicyName="all", PolicyDocument=_ALL)
         made = users.create_access_key(UserName="granq")["AccessKey"]
         # From the next request on, none passes without a signature that fits.
-        demand = urllib.request.Request(f"{url}/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
-        urllib.request.urlopen(demand).close()
+        _moto(url, "reset-auth", b"0")
         yield ObjectStore(port, made["AccessKeyId"], made["SecretAccessKey"])
     finally:
         server.stop()
