@@ -29,8 +29,7 @@ class Slots:
 
     async def acquire(self, place: Place = (0, 0)) -> None:
         """Wait for a slot, and take it."""
-        if self._free > 0 and not self._next():
-            self._free -= 1
+        if self.take():
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (place, next(self._arrivals), turn))
@@ -40,6 +39,13 @@ class Slots:
             if turn.done() and not turn.cancelled():
                 self.release()  # it was given in the moment in which nobody wanted it any more
             raise
+
+    def take(self) -> bool:
+        """Take a slot if one is free and nobody waits for it; return whether."""
+        if self._free == 0 or self._next():
+            return False
+        self._free -= 1
+        return True
 
     async def acquire_unless(self, left: asyncio.Event, place: Place = (0, 0)) -> bool:
         """Wait for a slot, and take it; return False, without one, when the event is set before that."""

@@ -96,7 +96,8 @@ class WorkflowEngine:
         self._place_of = place_of
         self._turns: dict[str, asyncio.Task[None]] = {}
         self._tasks: dict[str, asyncio.Task[object]] = {}
-        self._version = application_version
+        self._kept: set[str] = set()  # to be recovered; each has its slot, lest one that never ran takes it
+        self._executor_id, self._version = executor_id, application_version
         # DBOS gives its logger a handler and a format of its own unless it has one; records shall go to the root.
         logger = logging.getLogger("dbos")
         if not logger.handlers:
@@ -133,6 +134,18 @@ class WorkflowEngine:
 
         self._workflow = pipeline
         DBOS.launch()
+        # In a thread, because DBOS refuses this on a loop; which waits for it, so none of them has begun yet.
+        pending = partial(
+            DBOS.list_workflows,
+            status=list(_LIVE),
+            executor_id=self._executor_id,
+            app_version=self._version,
+            load_input=False,
+        )
+        with ThreadPoolExecutor(1) as pool:
+            for found in pool.submit(pending).result():
+                if self._slots.take():
+                    self._kept.add(found.workflow_id)
 
     async def _drive(self, pipeline_id: str, attempt: int) -> str:
         name = workflow_id(pipeline_id, attempt)
@@ -142,9 +155,15 @@ class WorkflowEngine:
         try:
             if name in self._turns:
                 return await self._take_steps(pipeline_id, attempt)
-            # Recovered; it waits here where there are fewer slots now.
-            async with self._slots.hold(await self._place_of(pipeline_id)):
+            # Recovered. Where there are fewer slots now, some have none and wait here.
+            if name in self._kept:
+                self._kept.remove(name)
+            else:
+                await self._slots.acquire(await self._place_of(pipeline_id))
+            try:
                 return await self._take_steps(pipeline_id, attempt)
+            finally:
+                self._slots.release()
         finally:
             if self._tasks.get(name) is task:
                 del self._tasks[name]
@@ -183,6 +202,9 @@ class WorkflowEngine:
     async def cancel(self, pipeline_id: str, attempt: int) -> None:
         """Cancel the workflow of an attempt, its running step included when that runs in this process."""
         name = workflow_id(pipeline_id, attempt)
+        if name in self._kept:
+            self._kept.remove(name)
+            self._slots.release()
         if name not in self._tasks:
             await _end(self._turns.get(name))
         await DBOS.cancel_workflow_async(name)

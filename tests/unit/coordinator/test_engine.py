@@ -187,6 +187,36 @@ async def test_who_waits_is_cancelled_without_a_trace_and_starts_after_a_stop_wh
     assert {name for name, _attempt, _step in after.ran} == {"first", "stopped"}
 
 
+async def test_what_ran_goes_on_before_what_waited(tmp_path: Path) -> None:
+    before = Steps(blocked_at=2)
+    async with _engine(tmp_path, before.run, max_running=1) as engine:
+        engine.start("unimportant", 1)
+        await asyncio.wait_for(before.reached.wait(), 10)
+        engine.start("urgent", 1)
+    after = Steps()
+    async with _engine(tmp_path, after.run, max_running=1) as engine:
+        engine.start("urgent", 1)
+        for name in ("urgent", "unimportant"):
+            await _until_ended(engine, name, 1)
+    assert [(name, step) for name, _, step in after.ran] == [
+        *(("unimportant", step) for step in (2, 3)),
+        *(("urgent", step) for step in (1, 2, 3)),
+    ]
+
+
+async def test_what_is_cancelled_before_it_goes_on_leaves_its_place(tmp_path: Path) -> None:
+    before = Steps(blocked_at=2)
+    async with _engine(tmp_path, before.run, max_running=1) as engine:
+        engine.start("first", 1)
+        await asyncio.wait_for(before.reached.wait(), 10)
+    after = Steps()
+    async with _engine(tmp_path, after.run, max_running=1) as engine:
+        await engine.cancel("first", 1)
+        engine.start("second", 1)
+        await _until_ended(engine, "second", 1)
+    assert {name for name, _, _ in after.ran} == {"second"}
+
+
 async def test_nothing_is_pickled(tmp_path: Path) -> None:
     steps = Steps()
     async with _engine(tmp_path, steps.run) as engine:
