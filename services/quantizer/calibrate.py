@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
 from services.quantizer.rounding import settle_weights
 
@@ -27,24 +28,25 @@ CLIP_BELOW_BITS = 4  # of weights: see above
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
 MIN_RATIO = 0.1
 DEAD_RATIO = 1e-2  # floor of a channel's scale, relative to the tensor's largest: a channel silent on synthetic images
+NO_STEP = 2.0**-20  # of a row of zeros, and no larger, because a grid without zero makes codes of it
 BIAS_CODES = 2**22  # largest code of a bias: leaves the accumulator, exact below 2^24, room for the sum
 ELEMENTS = 2**24  # of input that a calibration batch may hold, so that activations fit in memory
 
 
-def best_scale(values: Tensor, lo: int, hi: int) -> Tensor:
-    """Return for each row of ``values`` (R×M float) the scale whose codes in [lo, hi] err least in the mean square.
+def best_step(values: Tensor, grid: WeightGrid) -> Tensor:
+    """Return for each row of ``values`` (R×M float) the step whose codes err least in the mean square.
 
-    A row of zeros gets scale 0; the caller decides on a floor.
+    A row of zeros gets step 0; the caller decides on a floor.
     """
-    largest = values.abs().amax(dim=1, keepdim=True) / hi
+    largest = values.abs().amax(dim=1, keepdim=True) / grid.limit
     best, least = largest.clone(), torch.full_like(largest, math.inf)
     safe = largest.clamp_min(torch.finfo(values.dtype).tiny)
     for ratio in torch.logspace(math.log10(MIN_RATIO), 0.0, RATIOS).tolist():
-        scale = safe * ratio
-        error = ((values / scale).round_().clamp_(lo, hi).mul_(scale).sub_(values)).square_().mean(1, keepdim=True)
+        step = safe * ratio
+        error = grid.nearest(values / step).mul_(step).sub_(values).square_().mean(1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
-        best = torch.where(better, scale, best)
+        best = torch.where(better, step, best)
     return torch.where(largest > 0, best, 0.0).squeeze(1)
 
 
@@ -67,10 +69,10 @@ def _set_weight_step(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     weight = layer.folded_weight().detach()
     rows = weight.flatten(1)
     clipped = layer.bits.weight < CLIP_BELOW_BITS
-    step = best_scale(rows, -layer.limit, layer.limit) if clipped else rows.abs().amax(1) / layer.limit
+    step = best_step(rows, layer.grid) if clipped else rows.abs().amax(1) / layer.grid.limit
     # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
     step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
-    layer.log_step.data.copy_(torch.where(step > 0, step, 1.0).log())
+    layer.log_step.data.copy_(torch.where(step > 0, step, NO_STEP).log())
     settle_weights(layer, args[0])
     _correct_bias(layer, weight, args[0])
 

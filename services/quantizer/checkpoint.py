@@ -19,7 +19,7 @@ from services.quantizer.diagnostics import Layers
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 
-FORM = "quantizer/2"
+FORM = "quantizer/3"
 """Names what a checkpoint holds. Change it with that: a training whose checkpoint has another form begins anew."""
 _MEDIA_TYPE = "application/vnd.safetensors"
 

@@ -5,7 +5,7 @@ into the weights: Σ W[o,c]·s[c]·q[c] = Σ W'[o,c]·q[c] with W' = W·s. So ac
 layer that reads them quantizes W' per output channel, symmetric, with step t[o]:
 
     codes   q = clip(round(x / s[c]), lo, hi)                      activation, straight-through gradient
-    weight  p = clip(round(W[o,c]·s[c] / t[o]), −m, m)             m = 2^(b−1) − 1
+    weight  p = clip(round(W[o,c]·s[c] / t[o]), −m, m)             m = 2^(b−1) − 1; at two bits see ``grids.py``
     output  y = t[o] · (Σ p·q + round(bias[o] / t[o]))             an exact integer sum and one multiply
 
 Both steps are learned (LSQ, Esser et al. 2020). Scales are stored as logarithms: they stay positive, and a step of the
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from services.quantizer import kernels
 from services.quantizer.config import LayerBits
+from services.quantizer.grids import WeightGrid, odd_codes
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ class QuantizedLayer(nn.Module, ABC):
         return self._quantizer[0]
 
     @property
-    def limit(self) -> int:
-        """Largest weight code m = 2^(b−1) − 1; the range is symmetric."""
-        return int(2 ** (self.bits.weight - 1) - 1)
+    def grid(self) -> WeightGrid:
+        """Codes that a weight may have."""
+        return WeightGrid.of(self.bits.weight)
 
     @abstractmethod
     def by_input(self, values: Tensor) -> Tensor:
@@ -188,7 +189,10 @@ class QuantizedLayer(nn.Module, ABC):
         """Return the integer-valued codes p of W', shaped as the weight, at the learned or the given ln t (O)."""
         log_step = self.log_step if log_step is None else log_step
         log_step = log_step.view(-1, *[1] * (self.weight.dim() - 1))
-        codes: Tensor = _Codes.apply(self.folded_weight(), log_step, -self.limit, self.limit)
+        grid, weight = self.grid, self.folded_weight()
+        if grid.spacing == 2:
+            return odd_codes(weight, log_step, grid.limit)
+        codes: Tensor = _Codes.apply(weight, log_step, -grid.limit, grid.limit)
         return codes
 
     def quantized_weight_and_bias(self) -> tuple[Tensor, Tensor]:

@@ -89,14 +89,14 @@ def _units(student: nn.Module) -> dict[nn.Parameter, Tensor]:
         if isinstance(module, ActivationQuantizer):
             units[module.log_scale] = _of_a_range(module.log_scale, module.code_range.hi)
         elif isinstance(module, QuantizedLayer):
-            code = MOST_CODES * module.log_step.exp()
+            code = MOST_CODES * module.grid.spacing * module.log_step.exp()
             by_row = code.view(-1, *[1] * (module.weight.dim() - 1))
             size, size_of_bias = (p.square().mean().sqrt() for p in (module.weight, module.bias))
             unit = torch.minimum(size, by_row / module.input_scale())
             units[module.weight] = torch.empty_like(module.weight).copy_(unit)
             half = module.quantizer.code_range.hi / 2
             units[module.bias] = torch.minimum(size_of_bias if size_of_bias > 0 else size, code * half)
-            units[module.log_step] = _of_a_range(module.log_step, module.limit)
+            units[module.log_step] = _of_a_range(module.log_step, module.grid.limit)
     return units
 
 

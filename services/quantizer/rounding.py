@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import QuantizedConv2d, QuantizedLayer
 
 DAMPING = 0.01  # of the covariance's mean diagonal, added to it: keeps the solution from trusting it to the last digit
@@ -21,9 +22,8 @@ LARGEST = (
 POSITIONS = 784  # of an image that are looked at, 28×28, evenly spread; neighbours tell the same
 BLOCK = 64  # columns between two updates of all that follow
 CHUNK = 8  # images that are unfolded at a time
-INSIDE = (
-    0.2  # how far from a code a weight may stay: from nearer the edge, the first steps of a training undo the choice
-)
+# How far from a code a weight may stay, in spacings: from nearer the edge, the first steps of training undo the choice.
+INSIDE = 0.2
 
 
 def covariance(layer: QuantizedLayer, codes: Tensor) -> tuple[Tensor, int]:
@@ -72,16 +72,16 @@ def _patches(layer: QuantizedLayer, codes: Tensor, groups: int, width: int) -> T
     return rows.reshape(len(codes), groups, width, -1).permute(1, 2, 0, 3).reshape(groups, width, -1)
 
 
-def compensated_codes(weight: Tensor, covariance: Tensor, limit: int) -> Tensor:
+def compensated_codes(weight: Tensor, covariance: Tensor, grid: WeightGrid) -> Tensor:
     """Return integer codes of ``weight`` whose errors make up for each other.
 
     Args:
         weight: In units of the step, float G×O×K.
         covariance: Of the inputs, float64 G×K×K, positive definite.
-        limit: Largest magnitude of a code.
+        grid: Codes that there are.
 
     Returns:
-        Codes, shaped and typed as the weight, in [−limit, limit].
+        Codes, shaped and typed as the weight.
     """
     # The columns that matter most go first, while there are many left to make up for them.
     order = covariance.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
@@ -98,7 +98,7 @@ def compensated_codes(weight: Tensor, covariance: Tensor, limit: int) -> Tensor:
         block, errors = rest[:, :, begin:end].clone(), torch.empty_like(rest[:, :, begin:end])
         for index in range(end - begin):
             column = begin + index
-            code = block[:, :, index].round().clamp(-limit, limit)
+            code = grid.nearest(block[:, :, index])
             errors[:, :, index] = (block[:, :, index] - code) / factor[:, column, column, None]
             codes[:, :, column] = code
             block[:, :, index + 1 :] -= errors[:, :, index, None] * factor[:, column, None, column + 1 : end]
@@ -125,7 +125,8 @@ def settle_weights(layer: QuantizedLayer, codes: Tensor) -> None:
     seen += torch.diag_embed(level[:, None].expand(groups, width))
     step = layer.log_step.detach().exp()
     flat = (layer.folded_weight().detach().flatten(1) / step[:, None]).view(groups, -1, width)
-    wanted = compensated_codes(flat, seen, layer.limit)
-    settled = torch.minimum(torch.maximum(flat, wanted - INSIDE), wanted + INSIDE)
+    wanted = compensated_codes(flat, seen, layer.grid)
+    near = INSIDE * layer.grid.spacing
+    settled = torch.minimum(torch.maximum(flat, wanted - near), wanted + near)
     settled = settled.view(len(step), width) * step[:, None]
     layer.weight.data.copy_(settled.view_as(layer.weight) / layer.input_scale())

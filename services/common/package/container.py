@@ -7,7 +7,10 @@ from typing import NoReturn
 
 from services.common.errors import InvalidArgumentError
 
-VERSION = 1
+VERSION = 2
+"""Newest version of the format."""
+FIRST_VERSION = 1
+"""Oldest one; it has no odd codes, and a package without them is still written in it."""
 MAX_PACKAGE_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 1 << 20
 # Like PNG's: the first byte and the line ending show at once when something took the file for text.
@@ -32,9 +35,9 @@ def refuse(text: str) -> NoReturn:
     raise InvalidArgumentError(f"the device package {text}", reason="PACKAGE_INVALID", field="package")
 
 
-def to_file(parts: Parts) -> bytes:
+def to_file(parts: Parts, version: int = VERSION) -> bytes:
     """Return the content of a package's file."""
-    sizes = _SIZES.pack(_MAGIC, VERSION, len(parts.manifest), len(parts.graph), len(parts.codes))
+    sizes = _SIZES.pack(_MAGIC, version, len(parts.manifest), len(parts.graph), len(parts.codes))
     return b"".join((sizes, _digest(sizes, parts), parts.manifest, parts.graph, parts.codes))
 
 
@@ -49,8 +52,9 @@ def from_file(data: bytes) -> Parts:
     magic, version, manifest_bytes, graph_bytes, codes_bytes = _SIZES.unpack_from(data)
     if magic != _MAGIC:
         refuse("is none: the file does not begin as packages do")
-    if version != VERSION:
-        refuse(f"has format version {version}, and this software reads version {VERSION}; update it")
+    if not FIRST_VERSION <= version <= VERSION:
+        known = f"versions {FIRST_VERSION} to {VERSION}"
+        refuse(f"has format version {version}, and this software reads {known}; update it")
     if manifest_bytes > MAX_MANIFEST_BYTES:
         refuse(f"declares a manifest of {manifest_bytes} bytes; at most {MAX_MANIFEST_BYTES} are read")
     total = HEADER_BYTES + manifest_bytes + graph_bytes + codes_bytes

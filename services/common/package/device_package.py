@@ -23,7 +23,15 @@ from services.common.errors import InternalError, InvalidArgumentError
 from services.common.onnx_files import parse_onnx
 from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.common.package.bits import MAX_BITS, MIN_BITS, bits_for, pack, packed_size, unpack
-from services.common.package.container import MAX_PACKAGE_BYTES, Parts, from_file, refuse, to_file
+from services.common.package.container import (
+    FIRST_VERSION,
+    MAX_PACKAGE_BYTES,
+    VERSION,
+    Parts,
+    from_file,
+    refuse,
+    to_file,
+)
 
 MEDIA_TYPE = "application/vnd.granq.package"
 MAX_GRAPH_BYTES = 64 << 20
@@ -60,7 +68,8 @@ class DevicePackage:
             taken, end = taken + gap, weight.offset
             size = packed_size(weight.count, weight.bits)
             for part in unpack(self._codes[at : at + size], weight.bits, weight.count):
-                result[end : end + part.size] = part.tobytes()
+                codes = part << 1 | 1 if weight.odd else part
+                result[end : end + part.size] = codes.tobytes()
                 end += part.size
             at += size
         result[end:] = rest[taken:]
@@ -110,14 +119,17 @@ def write_package(trt: bytes, ort: bytes, about: packages_pb2.PackageManifest) -
         codes = np.frombuffer(raw, np.int8)
         # Wherever these bytes are found is right: the same bytes are put back at the same place.
         offset = trt.index(raw, end)
-        weight = manifest.weights.add(tensor=name, bits=bits_for(codes), count=len(raw), offset=offset)
+        odd = bool((codes & 1).all())
+        stored = codes >> 1 if odd else codes
+        weight = manifest.weights.add(tensor=name, bits=bits_for(stored), count=len(raw), offset=offset, odd=odd)
         rest.append(trt[end:offset])
-        packed.append(pack(codes, weight.bits))
+        packed.append(pack(stored, weight.bits))
         end = offset + len(raw)
     graph = b"".join((*rest, trt[end:]))
     manifest.graph_bytes = len(graph)
     data = to_file(
         Parts(manifest.SerializeToString(deterministic=True), zlib.compress(graph, 9), b"".join(packed)),
+        VERSION if any(weight.odd for weight in manifest.weights) else FIRST_VERSION,
     )
     package = parse_package(data)
     try:

@@ -59,6 +59,23 @@ def test_a_file_that_repeats_itself_comes_back() -> None:
     assert len(opened.manifest.weights) == 3
 
 
+def test_odd_codes_take_a_bit_less_and_are_told_by_the_version(package: bytes) -> None:
+    model = Builder().model()
+    random = np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("_codes"):
+            tensor.raw_data = random.choice(np.array([-3, -1, 1, 3], np.int8), len(tensor.raw_data)).tobytes()
+    trt, ort = model.SerializeToString(), to_onnx_runtime(model).SerializeToString()
+    data = write_package(trt, ort, ABOUT)
+    opened = parse_package(data)
+    assert [(weight.bits, weight.odd) for weight in opened.manifest.weights] == [(2, True)] * 3
+    assert opened.rebuild_trt() == trt
+    assert (data[8], package[8]) == (2, 1)
+    lied = reframed(data, lambda manifest: setattr(manifest.weights[1], "odd", False))
+    with pytest.raises(InvalidArgumentError, match="does not give"):
+        parse_package(lied).rebuild_trt()
+
+
 def test_equal_files_give_equal_packages(package: bytes) -> None:
     assert write_package(*files(), ABOUT) == package
 
@@ -102,7 +119,8 @@ def test_anything_else_is_refused(data: bytes) -> None:
     ("place", "value", "message"),
     [
         (0, b"PK\x03\x04", "is none"),
-        (8, b"\2\0\0\0", "version 2, and this software reads version 1; update it"),
+        (8, b"\3\0\0\0", "version 3, and this software reads versions 1 to 2; update it"),
+        (8, b"\0\0\0\0", "version 0, and this software reads versions 1 to 2; update it"),
         (12, b"\xff\xff\xff\xff", "manifest of 4294967295 bytes"),
         (16, b"\xff" * 8, "cut short"),
         (24, b"\xff" * 8, "cut short"),

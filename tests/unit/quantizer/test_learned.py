@@ -69,7 +69,7 @@ def test_convolution_of_codes_equals_convolution_of_values(groups: int) -> None:
     quantizer = ActivationQuantizer(6, CodeRange.of(8, signed=True), 8)
     quantizer.log_scale.data.uniform_(-4, -3)
     layer = QuantizedConv2d(conv, quantizer, LayerBits(8, 8))
-    step = layer.folded_weight().detach().flatten(1).abs().amax(1) / layer.limit
+    step = layer.folded_weight().detach().flatten(1).abs().amax(1) / layer.grid.limit
     layer.log_step.data.copy_(step.log())
     x = torch.randn(2, 6, 7, 7)
     codes = quantizer(x)
@@ -77,7 +77,7 @@ def test_convolution_of_codes_equals_convolution_of_values(groups: int) -> None:
     assert (layer(codes) - want).abs().max() < 0.02 * want.abs().max()
     weights = layer.weight_codes().detach()
     assert torch.equal(weights, weights.round())
-    assert weights.abs().max() == layer.limit
+    assert weights.abs().max() == layer.grid.limit
 
 
 def test_mean_of_codes_is_the_mean() -> None:

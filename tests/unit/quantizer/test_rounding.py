@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from services.quantizer.config import LayerBits
+from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import ActivationQuantizer, CodeRange, QuantizedConv2d, QuantizedLinear
 from services.quantizer.rounding import compensated_codes, covariance, settle_weights
 
@@ -20,7 +21,7 @@ def quantizer(channels: int) -> ActivationQuantizer:
 
 
 def ranged(layer: QuantizedConv2d) -> QuantizedConv2d:
-    layer.log_step.data.copy_((layer.folded_weight().detach().flatten(1).abs().amax(1) / layer.limit).log())
+    layer.log_step.data.copy_((layer.folded_weight().detach().flatten(1).abs().amax(1) / layer.grid.limit).log())
     return layer
 
 
@@ -35,6 +36,7 @@ def alike(channels: int, size: int = 10, count: int = 12) -> Tensor:
 
 LAYERS: dict[str, tuple[Callable[[], QuantizedConv2d], int]] = {
     "convolution": (lambda: QuantizedConv2d(nn.Conv2d(6, 8, 3, padding=1), quantizer(6), LayerBits(3, 4)), 6),
+    "two bits": (lambda: QuantizedConv2d(nn.Conv2d(6, 8, 3, padding=1), quantizer(6), LayerBits(2, 4)), 6),
     "strided": (lambda: QuantizedConv2d(nn.Conv2d(6, 8, 3, stride=2, padding=1), quantizer(6), LayerBits(3, 4)), 6),
     "pointwise": (lambda: QuantizedConv2d(nn.Conv2d(12, 8, 1), quantizer(12), LayerBits(3, 4)), 12),
     "depthwise": (lambda: QuantizedConv2d(nn.Conv2d(6, 6, 3, groups=6), quantizer(6), LayerBits(3, 4)), 6),
@@ -63,7 +65,7 @@ def test_a_layers_output_errs_less_and_its_weights_round_to_what_was_chosen(kind
     settle_weights(layer, codes)
     after = noise(layer.weight_codes().detach() * step)
     assert after < 0.8 * before
-    assert float(layer.weight_codes().detach().abs().max()) <= layer.limit
+    assert float(layer.weight_codes().detach().abs().max()) <= layer.grid.limit
 
 
 def test_the_covariance_is_that_of_what_the_weights_multiply() -> None:
@@ -82,14 +84,14 @@ def test_the_covariance_is_that_of_what_the_weights_multiply() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 3, 7, 127]))
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 5), st.integers(1, 3), st.integers(2, 8))
 def test_codes_are_in_range_and_those_of_independent_inputs_are_the_nearest(
-    seed: int, width: int, outputs: int, groups: int, limit: int
+    seed: int, width: int, outputs: int, groups: int, bits: int
 ) -> None:
-    rng = torch.Generator().manual_seed(seed)
-    weight = torch.randn(groups, outputs, width, generator=rng) * limit / 2
+    grid, rng = WeightGrid.of(bits), torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups, outputs, width, generator=rng) * grid.limit / 2
     independent = torch.diag_embed(torch.rand(groups, width, generator=rng, dtype=torch.float64) + 0.1)
-    assert torch.equal(compensated_codes(weight, independent, limit), weight.round().clamp(-limit, limit))
+    assert torch.equal(compensated_codes(weight, independent, grid), grid.nearest(weight))
     samples = torch.randn(groups, width, 2 * width, generator=rng, dtype=torch.float64)
-    codes = compensated_codes(weight, samples @ samples.transpose(1, 2), limit)
-    assert torch.equal(codes, codes.round().clamp(-limit, limit))
+    codes = compensated_codes(weight, samples @ samples.transpose(1, 2), grid)
+    assert torch.equal(codes, grid.nearest(codes))

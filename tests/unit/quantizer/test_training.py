@@ -8,10 +8,11 @@ from torch import Tensor, fx, nn
 
 from services.common.errors import InvalidArgumentError
 from services.quantizer.batches import Batch, ReplaySource
-from services.quantizer.calibrate import best_scale, calibrate
+from services.quantizer.calibrate import best_step, calibrate
 from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training, WeightGranularity
 from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.flat_areas import FlatAreas
+from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
 from services.quantizer.losses import generator_loss, student_loss
 from services.quantizer.optimizers import ADAM_BETA2, EPSILON, SCALE_CODES
@@ -84,7 +85,7 @@ class Reference:
                 self.units[f"{name}.weight"] = in_weights.clamp(max=size)
                 half_range = module.quantizer.code_range.hi / 2
                 self.units[f"{name}.bias"] = (codes * half_range).clamp(max=size_of_bias or size)
-                self.units[f"{name}.log_step"] = torch.tensor(1 / max(15, module.limit))
+                self.units[f"{name}.log_step"] = torch.tensor(1 / max(15, module.grid.limit))
         assert self.units.keys() == self.parameters.keys()
         self.first = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.moved = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -209,17 +210,20 @@ def test_every_image_comes_once_a_pass_and_the_order_follows_from_the_seed() -> 
     assert [int(v) for v in again.next(4).images[:, 0, 0, 0]] == passes[1][8:16]
 
 
-def test_best_scale_is_near_the_optimum_of_a_fine_search() -> None:
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_best_step_is_near_the_optimum_of_a_fine_search(bits: int) -> None:
     values = torch.randn(5, 4000, generator=torch.Generator().manual_seed(0))
-    got = best_scale(values, -7, 7)
+    grid = WeightGrid.of(bits)
+    got = best_step(values, grid)
 
-    def error(scale: Tensor) -> Tensor:
-        s = scale.view(-1, 1)
-        return ((values / s).round().clamp(-7, 7) * s - values).square().mean(1)
+    def error(step: Tensor) -> Tensor:
+        s = step.view(-1, 1)
+        return (grid.nearest(values / s) * s - values).square().mean(1)
 
-    fine = torch.stack([error(values.abs().amax(1) / 7 * r) for r in torch.linspace(0.1, 1, 400).tolist()]).amin(0)
+    largest = values.abs().amax(1) / grid.limit
+    fine = torch.stack([error(largest * r) for r in torch.linspace(0.1, 1, 400).tolist()]).amin(0)
     assert (error(got) <= fine * 1.02).all()
-    assert best_scale(torch.zeros(2, 10), 0, 3).tolist() == [0, 0]
+    assert best_step(torch.zeros(2, 10), grid).tolist() == [0, 0]
 
 
 def test_a_comparison_may_quantize_every_input_or_leave_channel_ranges_unfolded() -> None:
