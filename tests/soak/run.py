@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--real", type=int, default=1, help="pipelines with real workers that run at once; 0: none")
     parser.add_argument("--sample-seconds", type=float, default=5.0, help="time between two samples")
     parser.add_argument("--out", type=Path, help="file for the table")
+    parser.add_argument("--series", type=Path, help="file for all samples, as JSON")
     parser.add_argument("--keep", type=Path, help="folder for files and logs; default: a temporary one, removed")
     return parser.parse_args()
 
@@ -141,6 +142,8 @@ def main() -> None:
             due += options.sample_seconds
             time.sleep(max(0.0, due - time.monotonic()))
         soaked = time.monotonic() - began
+        if options.series is not None:
+            samples.write(options.series)
         counts = [load.succeeded for load in running]
         took = stop_under_load(deployments)
         for load in running:

@@ -1,8 +1,10 @@
 """Samples of what servers use, and the judgement whether it grows."""
 
+import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import psycopg
@@ -65,6 +67,10 @@ class Samples:
     def add(self, name: str, value: float) -> None:
         """Note a value. The name ends with a measure of `LIMITS`."""
         self._series[name].append(value)
+
+    def write(self, path: Path) -> None:
+        """Write each series, in the order of its values, as JSON by name."""
+        path.write_text(json.dumps(self._series, indent=1))
 
     def verdicts(self) -> list[Verdict]:
         """Compare the medians of the second and the last third; the first is the warm-up.
