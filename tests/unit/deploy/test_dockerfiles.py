@@ -50,6 +50,14 @@ def test_every_service_has_an_image() -> None:
     assert {service_of(target) for target in TARGETS} == with_main == set(SERVICES)
 
 
+def test_tensorrt_is_the_version_whose_bindings_the_tests_check() -> None:
+    locked = re.search(r"^tensorrt-cu13-bindings==(\S+)", (ROOT / "constraints" / "dev.txt").read_text(), re.MULTILINE)
+    stage = TARGETS["evaluator-tensorrt"].chain("evaluator-tensorrt-environment")
+    assert locked is not None
+    assert arguments(stage, "ARG") == [f"TENSORRT_VERSION={locked[1]}"]
+    assert any('"tensorrt==$TENSORRT_VERSION"' in run for run in arguments(stage, "RUN"))
+
+
 def test_every_dockerfile_is_read() -> None:
     assert {path.name for path in (DEPLOY / "docker").glob("*ockerfile")} == {"Dockerfile", "jetson.Dockerfile"}
 
