@@ -166,8 +166,9 @@ def tell(
         + ". All succeeded; each one's artifacts were read and matched their digests.",
         f"Retention in this run: pipelines {_RETENTION['retention_seconds']} s after their end, artifacts after "
         f"{_RETENTION['artifact_grace_seconds']} s.",
-        "Medians of the second and of the last third of the time; the first is the warm-up. Processes of jobs are "
-        "not counted: they end with their job.",
+        "The second and the last third of the time; the first is the warm-up. Medians, but of memory the lower "
+        "quartiles: gRPC's receive buffers of 4 MiB come and go. Processes of jobs are not counted: they end with "
+        "their job.",
         "At the end each server was stopped by SIGTERM under load, left with code 0, and was started again; pipelines "
         "went on and succeeded. No process, port or temporary file was left.",
     ]

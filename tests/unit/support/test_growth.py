@@ -39,3 +39,10 @@ def test_growth_is_seen(name: str, values: list[float]) -> None:
 def test_too_few_samples_are_no_verdict() -> None:
     with pytest.raises(ValueError, match="too few"):
         judged("pod: threads", [1.0] * 8)
+
+
+def test_buffers_that_come_and_go_are_no_growth_of_memory_and_what_grows_below_them_is() -> None:
+    buffers = [0, 4, 12, 0, 8, 4] * 10
+    assert not judged("a: resident memory", [(140 + each) * MIB for each in [0] * 30 + buffers])
+    leak = [140 * MIB + each * MIB + MIB * count for count, each in enumerate([0] * 30 + buffers)]
+    assert judged("a: resident memory", leak)
