@@ -58,8 +58,9 @@ def quantized(model: nn.Module, quantization: Quantization) -> tuple[torch.fx.Gr
         (Residual(), Quantization(8, 8)),
         (Residual(), Quantization(3, 4, overrides={"fc": (8, 8), "project.0": (5, 6)})),
         (Bottleneck(), Quantization(4, 8)),
+        (Bottleneck(), Quantization(2, 8)),
     ],
-    ids=["residual-w8a8", "residual-mixed", "bottleneck-w4a8"],
+    ids=["residual-w8a8", "residual-mixed", "bottleneck-w4a8", "bottleneck-w2a8"],
 )
 def test_both_files_compute_what_the_integer_form_computes(
     model: nn.Module, quantization: Quantization, tmp_path: Path

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from services.quantizer.calibrate import calibrate
 from services.quantizer.config import LayerBits
 from services.quantizer.grids import WeightGrid, odd_codes
 from services.quantizer.integer_modules import IntegerLinear
@@ -67,3 +68,18 @@ def test_integers_are_what_the_student_computes(bits: int) -> None:
     bound = 6 * layer.grid.limit * 127 + int(integers.bias.abs().max())
     assert integers.accumulator_bound <= bound
     assert torch.allclose(layer(codes), integers(codes), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_row_without_weights_gives_nothing(bits: int) -> None:
+    torch.manual_seed(bits)
+    quantizer = ActivationQuantizer(6, CodeRange(0, 127), 8)
+    linear = nn.Linear(6, 4)
+    with torch.no_grad():
+        linear.weight[1] = linear.bias[1] = 0
+    student = nn.Sequential(quantizer, QuantizedLinear(linear, quantizer, LayerBits(bits, 8)))
+    images = torch.rand(16, 6)
+    calibrate(student, images)
+    with torch.no_grad():
+        found = student(images)
+    assert float(found[:, 1].abs().max()) < 0.01 * float(found.abs().max())
