@@ -42,7 +42,7 @@ def test_too_few_samples_are_no_verdict() -> None:
 
 
 def test_buffers_that_come_and_go_are_no_growth_of_memory_and_what_grows_below_them_is() -> None:
-    buffers = [0, 4, 12, 0, 8, 4] * 10
-    assert not judged("a: resident memory", [(140 + each) * MIB for each in [0] * 30 + buffers])
-    leak = [140 * MIB + each * MIB + MIB * count for count, each in enumerate([0] * 30 + buffers)]
+    buffers = [0.0, 4.0, 12.0, 0.0, 8.0, 4.0] * 10
+    assert not judged("a: resident memory", [(140 + each) * MIB for each in [0.0] * 30 + buffers])
+    leak = [140 * MIB + each * MIB + MIB * count for count, each in enumerate([0.0] * 30 + buffers)]
     assert judged("a: resident memory", leak)
