@@ -170,10 +170,13 @@ def parsers(folder: Path) -> Iterator[tuple[str, Callable[[], Parser]]]:
         return Parser([seed], in_bytes, _written(folder / "graph.onnx", _graph))
 
     def package() -> Parser:
-        trt = Builder().model()
-        ort = to_onnx_runtime(trt).SerializeToString()
-        seed = write_package(trt.SerializeToString(), ort, packages_pb2.PackageManifest(model_name="net"))
-        return Parser([seed], one_of(in_bytes, _reframed, _reframed, _reframed), _package)
+        packages = []
+        for two_bits in (False, True):
+            trt = Builder(two_bits=two_bits).model()
+            ort = to_onnx_runtime(trt).SerializeToString()
+            about = packages_pb2.PackageManifest(model_name="net")
+            packages.append(write_package(trt.SerializeToString(), ort, about))
+        return Parser(packages, one_of(in_bytes, _reframed, _reframed, _reframed), _package)
 
     def idx() -> Parser:
         labels = folder / "IDX" / "set" / "x-labels-idx1-ubyte"

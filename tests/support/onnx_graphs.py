@@ -28,6 +28,7 @@ class Builder:
         channel_scales: Quantize the convolutions' inputs with one scale per channel, which integer kernels cannot run.
         float_weights: Names of layers whose weights stay in float.
         largest_weight: Weights are drawn from ± this.
+        two_bits: Weights are drawn from −3, −1, 1 and 3 instead.
     """
 
     unsigned: bool = False
@@ -36,6 +37,7 @@ class Builder:
     channel_scales: bool = False
     float_weights: tuple[str, ...] = ()
     largest_weight: int = 127
+    two_bits: bool = False
     seed: int = 0
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, NDArray[np.generic]] = field(default_factory=dict)
@@ -73,8 +75,10 @@ class Builder:
     def layer(self, kind: str, source: str, name: str, shape: tuple[int, ...], **attributes: Any) -> str:
         """Add a layer with integer weights and biases, and its output scale."""
         random = np.random.default_rng([self.seed, *name.encode()])
-        most = self.largest_weight
+        most = 3 if self.two_bits else self.largest_weight
         weight = random.integers(-most, most + 1, shape).astype(np.int8)
+        if self.two_bits:
+            weight = random.integers(-2, 2, shape).astype(np.int8) * 2 + 1
         bias = random.integers(-1000, 1000, shape[0]).astype(np.float32)
         # Brings a sum of products back to the range of codes.
         spread = most * np.sqrt(np.prod(shape[1:]))
