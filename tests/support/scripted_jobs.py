@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from granq.v1 import common_pb2, evaluator_pb2, generator_pb2, jobs_pb2, quantizer_pb2, reports_pb2
-from services.common.errors import from_failure
+from services.common.errors import CancelledError, from_failure
 from services.common.jobs import JobContext
 from services.common.settings import ServerSettings
 
@@ -89,7 +89,11 @@ def _work(kind: str, context: JobContext, steps: int = 5) -> str:
     pause = threading.Event()
     while done < steps:
         behaviour = script.read(kind)
-        context.check_cancelled()
+        try:
+            context.check_cancelled()
+        except CancelledError:
+            script.log(kind, "is_cancelled", context.job_id)
+            raise
         if "fail" in behaviour:
             raise from_failure(common_pb2.Failure(**behaviour["fail"]))
         if behaviour.get("stall_at") == done:

@@ -1,5 +1,6 @@
 """Deadlines and priorities of pipelines through real servers."""
 
+import asyncio
 from pathlib import Path
 
 import grpc
@@ -34,6 +35,10 @@ async def test_a_pipeline_whose_time_is_up_ends_with_its_job_and_can_go_on(tmp_p
         await running.client.until(name, lambda event: event.stage == Stage.STAGE_QUANTIZE and event.progress.step == 2)
         pipeline = await _failed(running.client, name)
         assert pipeline.stage == Stage.STAGE_QUANTIZE
+        # The job is stopped after that was told. If it went on before, it would end and leave nothing to resume.
+        async with asyncio.timeout(20):
+            while not running.script.lines("quantize", "is_cancelled"):
+                await asyncio.sleep(0.01)
         assert not running.script.lines("quantize", "ends")
         running.script.tell("quantize")
         await running.client.retry(name)
