@@ -16,11 +16,14 @@ from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
 from services.quantizer.config import Quantization
 from services.quantizer.diagnostics import Layers
+from services.quantizer.learned import QuantizedLayer
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 
 FORM = "quantizer/3"
 """Names what a checkpoint holds. Change it with that: a training whose checkpoint has another form begins anew."""
+# Codes that weights of two bits have: the weights alone do not tell.
+_TWO_BITS = "-3 -1 1 3"
 _MEDIA_TYPE = "application/vnd.safetensors"
 
 
@@ -101,7 +104,7 @@ def save_student(
     store: ArtifactStore, student: fx.GraphModule, quantization: Quantization, model_digest: str
 ) -> artifacts_pb2.Artifact:
     """Store a student with its number formats and the digest of the model that it was made from."""
-    metadata = {"quantization": quantization.to_json(), "model": model_digest}
+    metadata = {"quantization": quantization.to_json(), "model": model_digest, "two_bits": _TWO_BITS}
     return _put(store, student.state_dict(), metadata, "quantized.safetensors")
 
 
@@ -109,7 +112,8 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
     """Rebuild the student that ``save_student`` stored, on the graph of the same model.
 
     Raises:
-        InvalidArgumentError: not a quantized model, or made from another model.
+        InvalidArgumentError: not a quantized model, made from another model, or with weights of two bits from a time
+            when these had other codes.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -129,6 +133,13 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
             field="quantized_model",
         )
     student = build_student(model, quantization)
+    two_bits = any(isinstance(module, QuantizedLayer) and module.bits.weight == 2 for module in student.modules())
+    if two_bits and metadata.get("two_bits") != _TWO_BITS:
+        raise InvalidArgumentError(
+            "the quantized model has two-bit weights of an earlier version, whose codes were others; quantize it again",
+            reason="QUANTIZED_MODEL_UNREADABLE",
+            field="quantized_model",
+        )
     try:
         student.load_state_dict(tensors)
     except RuntimeError as error:

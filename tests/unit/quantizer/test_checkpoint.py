@@ -3,10 +3,13 @@
 import hashlib
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from services.common.artifacts import ArtifactStore
+from services.common.errors import InvalidArgumentError
 from services.quantizer.batches import Batch, ReplaySource
 from services.quantizer.calibrate import calibrate
 from services.quantizer.checkpoint import FORM, load_student, save_checkpoint, save_student
@@ -30,6 +33,28 @@ def test_the_same_student_is_always_the_same_artifact(tmp_path: Path) -> None:
     assert formats == quantization
     for name, value in student.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_two_bit_weights_of_a_version_with_other_codes_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = captured(Residual(), (3, 8, 8))
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    for bits in (2, 4):
+        quantization = Quantization(weight_bits=bits, activation_bits=8)
+        student = build_student(graph, quantization)
+        calibrate(student, torch.randn(4, 3, 8, 8))
+        now = store.local_path(save_student(store, student, quantization, DIGEST).digest)
+        load_student(now, graph, DIGEST)
+        earlier = tmp_path / f"earlier{bits}"
+        with safe_open(now, framework="pt") as file:
+            metadata = file.metadata()
+        del metadata["two_bits"]
+        save_file(load_file(now), earlier, metadata)
+        if bits == 2:
+            with pytest.raises(InvalidArgumentError, match="quantize it again"):
+                load_student(earlier, graph, DIGEST)
+        else:
+            load_student(earlier, graph, DIGEST)
 
 
 def test_a_checkpoint_that_holds_something_else_has_another_form(tmp_path: Path) -> None:
