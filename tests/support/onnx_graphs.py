@@ -76,9 +76,8 @@ class Builder:
         """Add a layer with integer weights and biases, and its output scale."""
         random = np.random.default_rng([self.seed, *name.encode()])
         most = 3 if self.two_bits else self.largest_weight
-        weight = random.integers(-most, most + 1, shape).astype(np.int8)
-        if self.two_bits:
-            weight = random.integers(-2, 2, shape).astype(np.int8) * 2 + 1
+        drawn = random.integers(-2, 2, shape) * 2 + 1 if self.two_bits else random.integers(-most, most + 1, shape)
+        weight = drawn.astype(np.int8)
         bias = random.integers(-1000, 1000, shape[0]).astype(np.float32)
         # Brings a sum of products back to the range of codes.
         spread = most * np.sqrt(np.prod(shape[1:]))
