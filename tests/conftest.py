@@ -1,8 +1,13 @@
 """Fixtures that every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# PostgreSQL is started by a true fork, since it needs another account. gRPC's handlers for that now and then crash the
+# forked process while threads are busy; they have no use here, where what is forked runs another program at once.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 ROOT = Path(__file__).resolve().parents[1]
 

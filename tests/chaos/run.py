@@ -108,6 +108,9 @@ def undisturbed(deployment: rig.Deployment, seconds: float) -> dict[int, str]:
 
 def main() -> None:
     """Run, check, and print the table."""
+    # PostgreSQL is started by a true fork, since it needs another account. gRPC's handlers for that crash this process
+    # now and then while its threads are busy; they have no use here, where what is forked runs another program at once.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
     options = arguments()
     if _INSIDE not in os.environ:
         with_own_mounts()

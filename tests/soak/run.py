@@ -113,6 +113,9 @@ def stop_under_load(deployments: list[rig.Deployment]) -> dict[str, float]:
 
 def main() -> None:
     """Run, judge, and print the table."""
+    # PostgreSQL is started by a true fork, since it needs another account. gRPC's handlers for that crash this process
+    # now and then while its threads are busy; they have no use here, where what is forked runs another program at once.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
     options, random = arguments(), Random(1)
     with contextlib.ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granq-soak-")))

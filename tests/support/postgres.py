@@ -13,10 +13,6 @@ from pathlib import Path
 
 import pytest
 
-# The server is started by a true fork, since it needs another account. gRPC's handlers for that crash a process now and
-# then while its threads are busy; they have no use here, where what is forked runs another program at once.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-
 
 def _account() -> str | None:
     """Return the account that the server must run as: PostgreSQL refuses to run as root."""
