@@ -3,28 +3,33 @@
 One forward pass in order of execution sets every scale from what reaches it, so that a layer's range already sees the
 quantization of the layers before it. Training (``training.py``) then moves the scales by gradient.
 
-Activations start at the largest magnitude of each channel on synthetic images, or at what the model's BatchNorm layers
-promise (``reach.py``) where that is more: synthetic images reach less far than real ones, and a clip fit to them cuts
-real signals off. The image itself starts at the larger of black and white, or at three standard deviations where these
-are not known, since a white pixel of real data often lies beyond the generator's extremes. Weights of four bits and
-more start at their largest magnitude too; below, the few levels are better spent on the clip of least mean squared
-error.
+While it runs, the output of every BatchNorm, and of every layer that took one in, is brought to the moments that it has
+on real data (``moments.py``). An activation starts at a margin above the clip of least mean squared error: the shape of
+a distribution is still that of synthetic images, whose tails are lighter. Seven bits and more cover the whole range.
+The image covers black and white at least, or three standard deviations where these are not known: a white pixel of real
+data often lies beyond the generator's extremes. Weights of four bits and more start at their largest magnitude; below,
+the few levels are better spent on the clip of least mean squared error.
 
 Weights are rounded so that the errors of one output make up for each other (``rounding.py``). Rounding also shifts a
-layer's output where its input has a mean, as it has behind a ReLU. The shift is known, as the mean is (from BatchNorm
-layers, or else from the synthetic images), and the bias takes it back (Nagel et al. 2019).
+layer's output where its input has a mean, as it has behind a ReLU. The bias takes the shift back (Nagel et al. 2019).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from services.quantizer.graph import BATCH_NORM_TYPES
 from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
+from services.quantizer.moments import Moments
+from services.quantizer.placement import WHOLE_RANGE_BITS
 from services.quantizer.rounding import settle_weights
 
 CLIP_BELOW_BITS = 4  # of weights: see above
+MARGIN = 1.25  # of an activation's range above the clip that suits synthetic images
+SAMPLES = 2**15  # of a channel, that its clip is found from
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
 MIN_RATIO = 0.1
 DEAD_RATIO = 1e-2  # floor of a channel's scale, relative to the tensor's largest: a channel silent on synthetic images
@@ -54,11 +59,14 @@ def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> Non
     if not isinstance(quantizer, ActivationQuantizer):
         raise TypeError(type(quantizer).__name__)
     (x,) = args
-    dims = tuple(d for d in range(x.dim()) if d != 1)
-    largest = x.detach().abs().amax(dims)
+    rows = x.detach().abs().transpose(0, 1).flatten(1)
+    if quantizer.bits >= WHOLE_RANGE_BITS:
+        scale = rows.amax(1) / quantizer.code_range.hi
+    else:
+        scale = best_step(rows[:, :: -(-rows.shape[1] // SAMPLES)], WeightGrid(quantizer.code_range.hi, 1))
+    scale = scale * MARGIN
     if quantizer.reach is not None:
-        largest = torch.maximum(largest, quantizer.reach.to(x.device))
-    scale = largest / quantizer.code_range.hi
+        scale = torch.maximum(scale, quantizer.reach.to(x.device) / quantizer.code_range.hi)
     top = float(scale.max())
     quantizer.log_scale.data.copy_(scale.clamp_min(DEAD_RATIO * top if top > 0 else 1.0).log())
 
@@ -79,15 +87,14 @@ def _set_weight_step(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 def _correct_bias(layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
     """Take back what the rounding of the folded weight adds to the layer's mean output."""
-    quantizer = layer.quantizer
-    if quantizer.mean is None:
-        mean = codes.mean(tuple(d for d in range(codes.dim()) if d != 1))
-    else:
-        codes_of_mean = quantizer.mean.to(codes.device) / quantizer.scale()
-        mean = codes_of_mean.clamp(quantizer.code_range.lo, quantizer.code_range.hi)
+    mean = codes.mean(tuple(d for d in range(codes.dim()) if d != 1))
     step = layer.log_step.exp().view(-1, *[1] * (layer.weight.dim() - 1))
     error = weight - layer.weight_codes() * step
     layer.bias.data.add_((error * layer.by_input(mean)).flatten(1).sum(1))
+
+
+def _imposing(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    return lambda module, arguments, output: moments.impose(output)
 
 
 @torch.no_grad()
@@ -101,10 +108,14 @@ def calibrate(student: nn.Module, images: Tensor) -> None:
     count = max(1, min(len(images), 512, ELEMENTS // max(1, images[0].numel())))
     hooks = []
     for module in student.modules():
+        moments = Moments.behind(module) if isinstance(module, BATCH_NORM_TYPES) else None
         if isinstance(module, ActivationQuantizer):
             hooks.append(module.register_forward_pre_hook(_set_activation_scale))
         elif isinstance(module, QuantizedLayer):
             hooks.append(module.register_forward_pre_hook(_set_weight_step))
+            moments = module.moments
+        if moments is not None:
+            hooks.append(module.register_forward_hook(_imposing(moments)))
     try:
         student(images[:count])
     finally:

@@ -33,12 +33,6 @@ class Rearranged:
         """Width of the codes."""
         return self.parts[0].bits
 
-    @property
-    def mean(self) -> Tensor | None:
-        """Mean value of each channel, C, in the new order, where those of all parts are known."""
-        means = [part.mean for part in self.parts if part.mean is not None]
-        return torch.cat(means)[self.order.to(means[0].device)] if len(means) == len(self.parts) else None
-
     def scale(self) -> Tensor:
         """Return s, C, in the new order, without a gradient."""
         scales = torch.cat([part.scale() for part in self.parts])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from services.quantizer.moments import Moments
+
 LAYER_TYPES = (nn.Conv2d, nn.Linear)
 BATCH_NORM_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Operations that keep the sign of their input and a common positive factor of each channel.
@@ -125,16 +127,16 @@ def set_module(graph_module: fx.GraphModule, name: str, module: nn.Module) -> No
     setattr(graph_module.get_submodule(parent), leaf, module)
 
 
-def fold_batch_norms(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+def fold_batch_norms(graph_module: fx.GraphModule) -> dict[fx.Node, Moments]:
     """Fold each BatchNorm that directly follows a layer it alone reads into that layer's weight and bias, in place.
 
     With γ, β, μ, σ² frozen, BN(W∗x + b) = (W·γ/√(σ²+ε))∗x + (b − μ)·γ/√(σ²+ε) + β. A BatchNorm that follows anything
     else (a concatenation, a sum) stays as it is, in evaluation mode.
 
     Returns:
-        The removed BatchNorm nodes, each with the layer's node whose output is now the BatchNorm's.
+        The nodes of the layers whose output is now a BatchNorm's, each with the moments of that.
     """
-    folded: dict[fx.Node, fx.Node] = {}
+    folded: dict[fx.Node, Moments] = {}
     for node in list(graph_module.graph.nodes):
         norm = module_of(graph_module, node)
         if not isinstance(norm, BATCH_NORM_TYPES):
@@ -150,7 +152,7 @@ def fold_batch_norms(graph_module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         layer.bias = nn.Parameter((bias * factor + shift).float())
         node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
-        folded[node] = source
+        folded[source] = Moments.behind(norm)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return folded

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from services.quantizer import kernels
 from services.quantizer.config import LayerBits
 from services.quantizer.grids import WeightGrid, odd_codes
+from services.quantizer.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,6 @@ class CodeSource(Protocol):
     def bits(self) -> int:
         """Width of the codes."""
 
-    @property
-    def mean(self) -> Tensor | None:
-        """Mean value of each channel over the training data, C, where it is known."""
-
     def scale(self) -> Tensor:
         """Return what one unit of each channel's codes is worth, C, without a gradient."""
 
@@ -106,8 +103,7 @@ class ActivationQuantizer(nn.Module):
 
     ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
     or below ceiling/hi, so that clipping the codes also does the clipping of the activation. ``reach`` is the magnitude
-    (C) that the model's own statistics promise, and ``mean`` (C) the mean, or None where they say nothing; calibration
-    looks at them.
+    (C) that calibration has to cover, whatever its images show, or None.
     """
 
     log_scale: nn.Parameter
@@ -119,11 +115,9 @@ class ActivationQuantizer(nn.Module):
         bits: int,
         ceiling: float | None = None,
         reach: Tensor | None = None,
-        mean: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.reach = reach
-        self.mean = mean
         self.code_range = code_range
         self.bits = bits
         self.ceiling = ceiling
@@ -152,7 +146,10 @@ class ActivationQuantizer(nn.Module):
 
 
 class QuantizedLayer(nn.Module, ABC):
-    """What a quantized convolution and a quantized linear layer share: weight, bias, weight step, bits."""
+    """What a quantized convolution and a quantized linear layer share: weight, bias, weight step, bits.
+
+    ``moments`` are those of its output over the training data, where it took in a BatchNorm; calibration looks at them.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, quantizer: CodeSource, bits: LayerBits) -> None:
         super().__init__()
@@ -160,6 +157,7 @@ class QuantizedLayer(nn.Module, ABC):
         self.bias = nn.Parameter(bias)
         self.log_step = nn.Parameter(torch.zeros(weight.shape[0]))
         self.bits = bits
+        self.moments: Moments | None = None
         # A plain reference: the quantizer's parameters belong to its own place in the graph.
         self._quantizer = (quantizer,)
 

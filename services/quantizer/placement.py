@@ -22,7 +22,9 @@ from services.quantizer.graph import (
     rearranges,
 )
 from services.quantizer.learned import ActivationQuantizer, CodeRange, CodeSource
-from services.quantizer.reach import IMAGE_REACH, Moments, reach
+
+IMAGE_REACH = 3.0
+"""Of an input whose pixel range is unknown: it is standardized by custom, so three standard deviations."""
 
 WHOLE_RANGE_BITS = 7
 """From so many bits on codes cover all that a ceiling allows: their steps are so fine that a clipped tail, which is
@@ -34,15 +36,11 @@ class CodePlacement:
 
     Args:
         student: Changed in place.
-        moments: What is known of the values of its nodes.
         pixel_range: What black and white are in the model's input, C each; None where nothing is known.
     """
 
-    def __init__(
-        self, student: fx.GraphModule, moments: dict[fx.Node, Moments], pixel_range: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def __init__(self, student: fx.GraphModule, pixel_range: tuple[Tensor, Tensor] | None) -> None:
         self._student = student
-        self._moments = moments
         self._pixel_range = pixel_range
         self._made: dict[tuple[fx.Node, int], tuple[fx.Node, ActivationQuantizer]] = {}
         self._moved: dict[tuple[fx.Node, int], tuple[fx.Node, Rearranged]] = {}
@@ -100,16 +98,15 @@ class CodePlacement:
 
     def _make(self, source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
         code_range = CodeRange.of(bits, signed=not is_non_negative(self._student, source))
-        promised = reach(self._moments[source], bits) if source in self._moments else None
-        if source.op == "placeholder":
-            promised = torch.full((channels_of(source),), IMAGE_REACH)
-            if self._pixel_range is not None:
-                promised = torch.maximum(self._pixel_range[0].abs(), self._pixel_range[1].abs())
         ceiling = ceiling_of(self._student, source)
-        if promised is not None and ceiling is not None and bits >= WHOLE_RANGE_BITS:
-            promised = torch.full_like(promised, ceiling)
-        mean = self._moments[source].mean if source in self._moments else None
-        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, promised, mean)
+        reach = None
+        if source.op == "placeholder":
+            reach = torch.full((channels_of(source),), IMAGE_REACH)
+            if self._pixel_range is not None:
+                reach = torch.maximum(self._pixel_range[0].abs(), self._pixel_range[1].abs())
+        elif ceiling is not None and bits >= WHOLE_RANGE_BITS:
+            reach = torch.full((channels_of(source),), ceiling)
+        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, reach)
         name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in self._made) else "")
         self._made[source, bits] = insert_module(self._student, source, source, name, quantizer), quantizer
         return self._made[source, bits]

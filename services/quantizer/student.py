@@ -33,9 +33,8 @@ from services.quantizer.graph import (
     module_of,
     set_module,
 )
-from services.quantizer.learned import QuantizedConv2d, QuantizedLinear
+from services.quantizer.learned import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from services.quantizer.placement import CodePlacement, pooling_windows
-from services.quantizer.reach import propagate
 
 POOL_BITS = 8  # of the input of an average pooling that no layer reads: see codes.CodesMean
 
@@ -79,10 +78,8 @@ def build_student(
 
 
 def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range: tuple[Tensor, Tensor] | None) -> None:
-    moments = propagate(student)
-    for norm, producer in fold_batch_norms(student).items():
-        moments[producer] = moments[norm]
-    placement = CodePlacement(student, moments, pixel_range)
+    moments = fold_batch_norms(student)
+    placement = CodePlacement(student, pixel_range)
     found = list(layers(student))
     for node, layer in found:
         _check_layer(node, layer)
@@ -90,11 +87,12 @@ def _deployable(student: fx.GraphModule, quantization: Quantization, pixel_range
     for node, layer in found:
         bits = bits_of[node]
         codes, quantizer = placement.codes_of(input_of(node), bits.activation)
-        quantized: nn.Module
+        quantized: QuantizedLayer
         if isinstance(layer, nn.Conv2d):
             quantized = QuantizedConv2d(layer, quantizer, bits)
         else:
             quantized = QuantizedLinear(layer, quantizer, bits)
+        quantized.moments = moments.get(node)
         set_module(student, str(node.target), quantized)
         node.args = (codes,)
     for node in list(student.graph.nodes):

@@ -17,7 +17,7 @@ from services.quantizer.config import ActivationGranularity, GeneratorLosses, Qu
 from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.student import build_student, no_grad_copy, simulated_logits
 from services.quantizer.training import Trainer
-from tests.support.models import Bottleneck, Residual, captured
+from tests.support.models import Bottleneck, Residual, captured, remember
 
 torch.set_num_threads(1)
 SHAPE = (3, 8, 8)
@@ -37,7 +37,7 @@ def images(count: int = 40) -> Tensor:
 
 
 def pair(quantization: Quantization, network: nn.Module | None = None) -> tuple[fx.GraphModule, fx.GraphModule]:
-    model = captured(network or Residual(), SHAPE)
+    model = remember(captured(network or Residual(), SHAPE), images())
     student = build_student(model, quantization)
     if quantization.deployable:
         calibrate(student, images())

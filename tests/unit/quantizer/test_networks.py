@@ -31,7 +31,7 @@ from services.quantizer.learned import ActivationQuantizer, QuantizedLayer, Quan
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student, no_grad_copy
 from services.quantizer.training import Trainer
-from tests.support.models import captured, settle
+from tests.support.models import captured, remember, settle
 from tests.support.networks import NETWORKS, SHAPE
 
 torch.set_num_threads(1)
@@ -153,12 +153,12 @@ def test_layers_that_read_tokens_are_refused_by_name() -> None:
 
 def test_codes_keep_their_scales_through_concatenation_split_and_shuffle() -> None:
     """What is carried as codes must be what the float graph carries: at 8 bits the two stay close in every channel."""
-    model = captured(NETWORKS["shufflenet_v2"](), SHAPE)
+    model = remember(captured(NETWORKS["shufflenet_v2"](), SHAPE), images())
     student = build_student(model, Quantization(8, 8))
     calibrate(student, images())
     with torch.no_grad():
         want, got = model(images()), student(images())
-    assert (got - want).norm() < 0.1 * want.norm()
+    assert (got - want).norm() < 0.2 * want.norm()  # of mixed-up channels it would be more than 1
     integer = to_integer(student)
     moved = [n for n in integer.graph.nodes if n.op == "call_function" and n.target is torch.cat]
     assert len(moved) == 4  # one in each unit
@@ -167,12 +167,12 @@ def test_codes_keep_their_scales_through_concatenation_split_and_shuffle() -> No
     assert len(unfolded) == 1  # the image; every other scale sits in the layer that makes the values
 
 
-def test_padding_moves_codes_so_that_ceilings_and_statistics_before_it_count() -> None:
+def test_padding_moves_codes_so_that_ceilings_before_it_count() -> None:
     model = captured(NETWORKS["SamePadding"](), SHAPE)
-    student = build_student(model, Quantization(8, 4), (torch.full((3,), -1.0), torch.full((3,), 1.0)))
+    student = build_student(model, Quantization(8, 8), (torch.full((3,), -1.0), torch.full((3,), 1.0)))
     made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
     assert not [name for name in made if "pad" in name]
-    assert all(m.reach is not None for name, m in made.items() if "pool" not in name)
+    assert [float(m.reach.max()) for m in made.values() if m.reach is not None].count(6.0) == 4
     assert [m.ceiling for m in made.values()].count(6.0) == 4  # three ReLU6, and their mean at the end
     proto = export_trt(to_integer(student), SHAPE)
     pads = [node for node in proto.graph.node if node.op_type == "Pad"]
