@@ -1,9 +1,32 @@
 """How far a batch's statistics are from those that the teacher's BatchNorm layers saw in training."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and biased variance of each channel of ``x``, N×C×H×W → C and C.
+
+    ``torch.var_mean`` takes twelve times as long on channels-last images and its gradient several passes; the gradient
+    by x is ∂L/∂mean/M + 2·∂L/∂var·(x − mean)/M with M = N·H·W, one multiply and add for each value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        mean = rows.mean(0)
+        ctx.save_for_backward(x, mean)
+        return mean, (rows - mean).square_().mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        by_mean, by_variance = grads
+        count = x.numel() // x.shape[1]
+        slope = by_variance * (2 / count)
+        return torch.addcmul((by_mean / count - slope * mean).view(1, -1, 1, 1), x, slope.view(1, -1, 1, 1))
 
 
 class BatchNormStatistics:
@@ -29,7 +52,7 @@ class BatchNormStatistics:
     def _listen(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is None or layer.running_var is None:
             raise TypeError(f"{type(layer).__name__} has no running statistics")
-        var, mean = torch.var_mean(inputs[0], dim=(0, 2, 3), correction=0)
+        mean, var = _Moments.apply(inputs[0])
         self._terms.append((mean - layer.running_mean).square().mean() + (var - layer.running_var).square().mean())
 
     def take_loss(self) -> torch.Tensor:
