@@ -28,7 +28,7 @@ from services.quantizer.placement import WHOLE_RANGE_BITS
 from services.quantizer.rounding import settle_weights
 
 CLIP_BELOW_BITS = 4  # of weights: see above
-MARGIN = 1.25  # of an activation's range above the clip that suits synthetic images
+MARGIN = 1.2  # of an activation's range above the clip that suits synthetic images
 SAMPLES = 2**15  # of a channel, that its clip is found from
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
 MIN_RATIO = 0.1
