@@ -11,7 +11,7 @@ from services.common.models import LoadedModel
 from services.evaluator.graph import load_graph
 from services.quantizer.batches import Batch
 from services.quantizer.config import Quantization
-from tests.support.models import Residual, captured
+from tests.support.models import Residual, captured, remember
 
 SHAPE = (3, 8, 8)
 
@@ -20,7 +20,8 @@ SHAPE = (3, 8, 8)
 def bench(tmp_path: Path) -> Bench:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    model = LoadedModel(captured(Residual(), SHAPE), SHAPE, 10, common_pb2.MODEL_FORMAT_TORCH_EXPORT)
+    network = remember(captured(Residual(), SHAPE), torch.randn(400, *SHAPE, generator=generator))
+    model = LoadedModel(network, SHAPE, 10, common_pb2.MODEL_FORMAT_TORCH_EXPORT)
     bench = Bench(model, torch.randn(40, *SHAPE, generator=generator), torch.zeros(0, dtype=torch.int64), tmp_path)
     bench.labels = bench.teacher_logits.argmax(1)
     return bench
