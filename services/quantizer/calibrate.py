@@ -6,9 +6,9 @@ quantization of the layers before it. Training (``training.py``) then moves the 
 While it runs, the output of every BatchNorm, and of every layer that took one in, is brought to the moments that it has
 on real data (``moments.py``). An activation starts at a margin above the clip of least mean squared error: the shape of
 a distribution is still that of synthetic images, whose tails are lighter. Seven bits and more cover the whole range.
-The image covers black and white at least, or three standard deviations where these are not known: a white pixel of real
-data often lies beyond the generator's extremes. Weights of four bits and more start at their largest magnitude; below,
-the few levels are better spent on the clip of least mean squared error.
+The image covers black and white, or three standard deviations where these are not known, and else no more than is seen:
+a white pixel of real data often lies beyond the generator's extremes. Weights of four bits and more start at their
+largest magnitude; below, the few levels are better spent on the clip of least mean squared error.
 
 Weights are rounded so that the errors of one output make up for each other (``rounding.py``). Rounding also shifts a
 layer's output where its input has a mean, as it has behind a ReLU. The bias takes the shift back (Nagel et al. 2019).
@@ -28,7 +28,7 @@ from services.quantizer.placement import WHOLE_RANGE_BITS
 from services.quantizer.rounding import settle_weights
 
 CLIP_BELOW_BITS = 4  # of weights: see above
-MARGIN = 1.2  # of an activation's range above the clip that suits synthetic images
+MARGIN = 1.3  # of an activation's range above the clip that suits synthetic images
 SAMPLES = 2**15  # of a channel, that its clip is found from
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
 MIN_RATIO = 0.1
@@ -64,8 +64,9 @@ def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> Non
         scale = rows.amax(1) / quantizer.code_range.hi
     else:
         scale = best_step(rows[:, :: -(-rows.shape[1] // SAMPLES)], WeightGrid(quantizer.code_range.hi, 1))
-    scale = scale * MARGIN
-    if quantizer.reach is not None:
+    if quantizer.reach is None:
+        scale = scale * MARGIN
+    else:
         scale = torch.maximum(scale, quantizer.reach.to(x.device) / quantizer.code_range.hi)
     top = float(scale.max())
     quantizer.log_scale.data.copy_(scale.clamp_min(DEAD_RATIO * top if top > 0 else 1.0).log())

@@ -92,15 +92,18 @@ def test_few_bits_cut_off_what_many_bits_cover() -> None:
     assert (ranges[4] < ranges[8]).all()
 
 
-def test_whole_ranges_have_a_margin_and_hooks_are_gone() -> None:
-    model = captured(Residual(), SHAPE)
-    student = build_student(model, Quantization(8, 8))
+def test_a_range_has_a_margin_but_for_the_image() -> None:
+    student = build_student(captured(Residual(), SHAPE), Quantization(8, 8))
+    seen: dict[str, torch.Tensor] = {}
+    quantizers = {n: m for n, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
+    for name, quantizer in quantizers.items():
+        quantizer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: args[0].clone()}))
     calibrate(student, images(64))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
-    image = student.get_submodule("codes_x")
-    assert isinstance(image, ActivationQuantizer)
-    largest = images(64).abs().amax((0, 2, 3)).clamp_min(IMAGE_REACH / MARGIN)
-    assert torch.allclose(image.scale() * image.code_range.hi, MARGIN * largest)
+    largest = {name: x.abs().transpose(0, 1).flatten(1).amax(1) for name, x in seen.items()}
+    for name, quantizer in quantizers.items():
+        wanted = largest[name].clamp_min(IMAGE_REACH) if name == "codes_x" else MARGIN * largest[name]
+        assert torch.allclose(quantizer.scale() * quantizer.code_range.hi, wanted), name
+    assert not any(m._forward_hooks for m in student.modules())
 
 
 def test_a_mean_of_bounded_values_is_as_bounded() -> None:
