@@ -2,9 +2,9 @@
 
 Over the training data the output of a BatchNorm layer has the mean β and the standard deviation |γ| in each channel.
 Synthetic images come near to these moments and no nearer: behind the last layers of a network they may spread two
-thirds as far as real ones. A range that is read off them inherits that. So while
-ranges are set, every such output is shifted and stretched to the moments that it is known to have. What is left to the
-images is the shape of the distributions, skewed and bounded as they are.
+thirds as far as real ones. A range that is read off them inherits that. So while ranges are set, every such output is
+shifted and stretched to the moments that it is known to have. What is left to the images is the shape of the
+distributions, skewed and bounded as they are.
 """
 
 from typing import NamedTuple

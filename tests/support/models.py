@@ -28,15 +28,29 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def remember(model: fx.GraphModule, images: torch.Tensor) -> fx.GraphModule:
-    """Give BatchNorm layers the statistics of ``images``, as if these had been the training data."""
+    """Give BatchNorm layers the statistics of ``images``, as if these had been the training data.
+
+    The model computes what it did: γ and β change along, to the deviation and the mean of the output.
+    """
+
+    def adopt(norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        dims = [d for d in range(args[0].dim()) if d != 1]
+        var, mean = torch.var_mean(args[0], dims, correction=0)
+        slope = norm.weight / (norm.running_var + norm.eps).sqrt()
+        norm.bias.add_((mean - norm.running_mean) * slope)
+        norm.weight.copy_(slope * (var + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    for norm in norms:
-        norm.train().reset_running_stats()
-        norm.momentum = 1.0
+    hooks = [norm.register_forward_pre_hook(adopt) for norm in norms]
     with torch.no_grad():
         model(images)
-    for norm in norms:
-        norm.eval()
+    for hook in hooks:
+        hook.remove()
     return model
 
 
