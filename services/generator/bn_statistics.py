@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Moments(torch.autograd.Function):
+class _MeanAndVariance(torch.autograd.Function):
     """Mean and biased variance of each channel of ``x``, N×C×H×W → C and C.
 
     ``torch.var_mean`` takes twelve times as long on channels-last images and its gradient several passes; the gradient
@@ -52,7 +52,7 @@ class BatchNormStatistics:
     def _listen(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is None or layer.running_var is None:
             raise TypeError(f"{type(layer).__name__} has no running statistics")
-        mean, var = _Moments.apply(inputs[0])
+        mean, var = _MeanAndVariance.apply(inputs[0])
         self._terms.append((mean - layer.running_mean).square().mean() + (var - layer.running_var).square().mean())
 
     def take_loss(self) -> torch.Tensor:

@@ -111,10 +111,14 @@ def test_one_trace_holds_the_whole_pipeline(run: Observed) -> None:
 
 def test_exemplars_and_logs_lead_to_the_trace(run: Observed) -> None:
     trace_id = pipeline_trace(run.pipeline.pipeline_id, 1)["traceparent"].split("-")[1]
-    times = {"start": str(run.begin), "end": str(time.time())}
-    found = run.prometheus.get("query_exemplars", query="granq_pipeline_duration_seconds_bucket", **times)
-    labels = [exemplar["labels"] for group in found for exemplar in group["exemplars"]]
-    assert {"pipeline_id": run.pipeline.pipeline_id, "trace_id": trace_id} in labels
+    wanted = {"pipeline_id": run.pipeline.pipeline_id, "trace_id": trace_id}
+    deadline = time.monotonic() + SECONDS
+    labels: list[dict[str, str]] = []
+    while wanted not in labels and time.monotonic() < deadline:  # until it has been scraped
+        times = {"start": str(run.begin), "end": str(time.time())}
+        found = run.prometheus.get("query_exemplars", query="granq_pipeline_duration_seconds_bucket", **times)
+        labels = [exemplar["labels"] for group in found for exemplar in group["exemplars"]]
+    assert wanted in labels
     for name, server in run.servers.items():
         lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
         traced = [line for line in lines if line.get("trace_id") == trace_id]

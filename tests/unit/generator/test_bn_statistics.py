@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from services.generator.bn_statistics import BatchNormStatistics, _Moments
+from services.generator.bn_statistics import BatchNormStatistics, _MeanAndVariance
 from tests.support.models import Residual, captured
 
 
@@ -45,14 +45,14 @@ def test_equals_the_definition() -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_moments_and_their_gradient_are_those_of_var_mean(layout: torch.memory_format) -> None:
+def test_mean_and_variance_and_their_gradient_are_those_of_var_mean(layout: torch.memory_format) -> None:
     x = (3 * torch.randn(4, 3, 5, 6, dtype=torch.float64) + 10).to(memory_format=layout).requires_grad_()
     weights = torch.randn(2, 3, dtype=torch.float64)
 
     def loss(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
         return (weights[0] * mean**2 + weights[1] * var**2).sum()
 
-    mean, var = _Moments.apply(x)
+    mean, var = _MeanAndVariance.apply(x)
     wanted_var, wanted_mean = torch.var_mean(x, (0, 2, 3), correction=0)
     assert torch.allclose(mean, wanted_mean)
     assert torch.allclose(var, wanted_var)
