@@ -11,7 +11,8 @@ a white pixel of real data often lies beyond the generator's extremes. Weights o
 largest magnitude; below, the few levels are better spent on the clip of least mean squared error.
 
 Weights are rounded so that the errors of one output make up for each other (``rounding.py``). Rounding also shifts a
-layer's output where its input has a mean, as it has behind a ReLU. The bias takes the shift back (Nagel et al. 2019).
+layer's output: that of weights where the input has a mean, as it has behind a ReLU, and that of the input itself where
+clipped tails, or values below half a step, are not made up for. The bias takes both back (Nagel et al. 2019).
 """
 
 import math
@@ -72,26 +73,43 @@ def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> Non
     quantizer.log_scale.data.copy_(scale.clamp_min(DEAD_RATIO * top if top > 0 else 1.0).log())
 
 
-def _set_weight_step(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if not isinstance(layer, QuantizedLayer):
-        raise TypeError(type(layer).__name__)
-    weight = layer.folded_weight().detach()
-    rows = weight.flatten(1)
-    clipped = layer.bits.weight < CLIP_BELOW_BITS
-    step = best_step(rows, layer.grid) if clipped else rows.abs().amax(1) / layer.grid.limit
-    # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
-    step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
-    layer.log_step.data.copy_(torch.where(step > 0, step, NO_STEP).log())
-    settle_weights(layer, args[0])
-    _correct_bias(layer, weight, args[0])
+def _channel_means(x: Tensor) -> Tensor:
+    return x.detach().mean([d for d in range(x.dim()) if d != 1])
 
 
-def _correct_bias(layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
-    """Take back what the rounding of the folded weight adds to the layer's mean output."""
-    mean = codes.mean(tuple(d for d in range(codes.dim()) if d != 1))
-    step = layer.log_step.exp().view(-1, *[1] * (layer.weight.dim() - 1))
-    error = weight - layer.weight_codes() * step
-    layer.bias.data.add_((error * layer.by_input(mean)).flatten(1).sum(1))
+class _Layers:
+    """Sets steps, weights and biases of layers, each when what it reads is set."""
+
+    def __init__(self) -> None:
+        self._rounded_off: dict[ActivationQuantizer, Tensor] = {}  # mean of value minus code, in codes, C
+
+    def watch(self, quantizer: nn.Module, args: tuple[Tensor, ...], codes: Tensor) -> None:
+        """Keep what the codes of a quantizer, a forward hook's arguments, lack of its values in the mean."""
+        if not isinstance(quantizer, ActivationQuantizer):
+            raise TypeError(type(quantizer).__name__)
+        self._rounded_off[quantizer] = _channel_means(args[0]) / quantizer.scale() - _channel_means(codes)
+
+    def set(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Set a layer, a forward pre-hook's arguments."""
+        if not isinstance(layer, QuantizedLayer):
+            raise TypeError(type(layer).__name__)
+        weight = layer.folded_weight().detach()
+        rows = weight.flatten(1)
+        clipped = layer.bits.weight < CLIP_BELOW_BITS
+        step = best_step(rows, layer.grid) if clipped else rows.abs().amax(1) / layer.grid.limit
+        # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
+        step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
+        layer.log_step.data.copy_(torch.where(step > 0, step, NO_STEP).log())
+        settle_weights(layer, args[0])
+        self._correct_bias(layer, weight, args[0])
+
+    def _correct_bias(self, layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
+        """Let a layer's mean output be what its unrounded folded weight makes of unrounded input."""
+        mean = _channel_means(codes)
+        unrounded = mean + layer.quantizer.gather(self._rounded_off.__getitem__)
+        step = layer.log_step.exp().view(-1, *[1] * (layer.weight.dim() - 1))
+        rounded = layer.weight_codes() * step * layer.by_input(mean)
+        layer.bias.data.add_((weight * layer.by_input(unrounded) - rounded).flatten(1).sum(1))
 
 
 def _imposing(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -108,12 +126,14 @@ def calibrate(student: nn.Module, images: Tensor) -> None:
     """
     count = max(1, min(len(images), 512, ELEMENTS // max(1, images[0].numel())))
     hooks = []
+    layers = _Layers()
     for module in student.modules():
         moments = Moments.behind(module) if isinstance(module, BATCH_NORM_TYPES) else None
         if isinstance(module, ActivationQuantizer):
             hooks.append(module.register_forward_pre_hook(_set_activation_scale))
+            hooks.append(module.register_forward_hook(layers.watch))
         elif isinstance(module, QuantizedLayer):
-            hooks.append(module.register_forward_pre_hook(_set_weight_step))
+            hooks.append(module.register_forward_pre_hook(layers.set))
             moments = module.moments
         if moments is not None:
             hooks.append(module.register_forward_hook(_imposing(moments)))

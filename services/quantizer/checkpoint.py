@@ -16,14 +16,15 @@ from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
 from services.quantizer.config import Quantization
 from services.quantizer.diagnostics import Layers
+from services.quantizer.grids import ODD_UP_TO
 from services.quantizer.learned import QuantizedLayer
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 
-FORM = "quantizer/3"
+FORM = "quantizer/4"
 """Names what a checkpoint holds. Change it with that: a training whose checkpoint has another form begins anew."""
-# Codes that weights of two bits have: the weights alone do not tell.
-_TWO_BITS = "-3 -1 1 3"
+# Up to how many bits weights have odd codes: the weights alone do not tell. Before, a file said it of two bits only.
+_ODD_UP_TO = "odd_codes_up_to"
 _MEDIA_TYPE = "application/vnd.safetensors"
 
 
@@ -104,7 +105,8 @@ def save_student(
     store: ArtifactStore, student: fx.GraphModule, quantization: Quantization, model_digest: str
 ) -> artifacts_pb2.Artifact:
     """Store a student with its number formats and the digest of the model that it was made from."""
-    metadata = {"quantization": quantization.to_json(), "model": model_digest, "two_bits": _TWO_BITS}
+    metadata = {"quantization": quantization.to_json(), "model": model_digest}
+    metadata[_ODD_UP_TO] = str(ODD_UP_TO)
     return _put(store, student.state_dict(), metadata, "quantized.safetensors")
 
 
@@ -112,7 +114,7 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
     """Rebuild the student that ``save_student`` stored, on the graph of the same model.
 
     Raises:
-        InvalidArgumentError: not a quantized model, made from another model, or with weights of two bits from a time
+        InvalidArgumentError: not a quantized model, made from another model, or with weights of few bits from a time
             when these had other codes.
     """
     try:
@@ -133,10 +135,12 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
             field="quantized_model",
         )
     student = build_student(model, quantization)
-    two_bits = any(isinstance(module, QuantizedLayer) and module.bits.weight == 2 for module in student.modules())
-    if two_bits and metadata.get("two_bits") != _TWO_BITS:
+    odd_up_to = int(metadata.get(_ODD_UP_TO, 2 if "two_bits" in metadata else 1))
+    widths = {module.bits.weight for module in student.modules() if isinstance(module, QuantizedLayer)}
+    if changed := [bits for bits in widths if (bits <= odd_up_to) != (bits <= ODD_UP_TO)]:
         raise InvalidArgumentError(
-            "the quantized model has two-bit weights of an earlier version, whose codes were others; quantize it again",
+            f"the quantized model has {changed[0]}-bit weights of an earlier version, whose codes were others; "
+            "quantize it again",
             reason="QUANTIZED_MODEL_UNREADABLE",
             field="quantized_model",
         )

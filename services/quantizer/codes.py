@@ -1,6 +1,6 @@
 """What reads an activation's codes and is no layer: rearrangements, poolings, and the way back to float values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,12 @@ class Rearranged:
 
     def scale(self) -> Tensor:
         """Return s, C, in the new order, without a gradient."""
-        scales = torch.cat([part.scale() for part in self.parts])
-        return scales[self.order.to(scales.device)]
+        return self.gather(ActivationQuantizer.scale)
+
+    def gather(self, values: Callable[[ActivationQuantizer], Tensor]) -> Tensor:
+        """Return the value of each channel, C, in the new order."""
+        found = torch.cat([values(part) for part in self.parts])
+        return found[self.order.to(found.device)]
 
 
 class _Reader(nn.Module):

@@ -1,8 +1,8 @@
 """Grids of weight codes: which integers a weight of few bits may be.
 
-With zero among them and as many below as above it, b bits give 2^b − 1 codes. At two bits one of four would be lost.
-There the codes are odd, −3 −1 1 3: all four, symmetric, evenly spaced, and integers as any other to an engine. (Grids
-without zero at two bits: Liu et al. 2025, ParetoQ.)
+With zero among them and as many below as above it, b bits give 2^b − 1 codes: three of four, seven of eight.
+There the codes are odd, −3 −1 1 3 at two bits and −7 to 7 at three: all of them, symmetric, evenly spaced, and integers
+as any other to an engine. (Grids without zero at two bits: Liu et al. 2025, ParetoQ.)
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ODD_UP_TO = 2  # bits
+ODD_UP_TO = 3  # bits; a fifteenth of the range, at four, is worth less than an exact zero
 
 
 @dataclass(frozen=True)

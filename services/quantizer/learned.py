@@ -5,7 +5,7 @@ into the weights: Σ W[o,c]·s[c]·q[c] = Σ W'[o,c]·q[c] with W' = W·s. So ac
 layer that reads them quantizes W' per output channel, symmetric, with step t[o]:
 
     codes   q = clip(round(x / s[c]), lo, hi)                      activation, straight-through gradient
-    weight  p = clip(round(W[o,c]·s[c] / t[o]), −m, m)             m = 2^(b−1) − 1; at two bits see ``grids.py``
+    weight  p = clip(round(W[o,c]·s[c] / t[o]), −m, m)             m = 2^(b−1) − 1; below four bits see ``grids.py``
     output  y = t[o] · (Σ p·q + round(bias[o] / t[o]))             an exact integer sum and one multiply
 
 Both steps are learned (LSQ, Esser et al. 2020). Scales are stored as logarithms: they stay positive, and a step of the
@@ -13,6 +13,7 @@ optimizer is relative, so that channels of very different range learn at the sam
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,6 +98,9 @@ class CodeSource(Protocol):
     def scale(self) -> Tensor:
         """Return what one unit of each channel's codes is worth, C, without a gradient."""
 
+    def gather(self, values: Callable[["ActivationQuantizer"], Tensor]) -> Tensor:
+        """Return, for each channel of the codes, C, the value that ``values`` has for the channel it was made in."""
+
 
 class ActivationQuantizer(nn.Module):
     """Float activation N×C×H×W (or N×F) → integer-valued codes of the same shape; one learned scale per channel.
@@ -133,6 +137,10 @@ class ActivationQuantizer(nn.Module):
     def scale(self) -> Tensor:
         """Return s, C, without a gradient: the readers' share of it is in ``_Codes``."""
         return torch.exp(self.bounded_log_scale().detach())
+
+    def gather(self, values: Callable[["ActivationQuantizer"], Tensor]) -> Tensor:
+        """Return the value of each channel, C: these codes are made here."""
+        return values(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the codes."""

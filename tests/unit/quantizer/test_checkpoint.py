@@ -1,6 +1,7 @@
 """Files of the quantizer in the store."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,17 @@ def test_the_same_student_is_always_the_same_artifact(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_two_bit_weights_of_a_version_with_other_codes_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [({}, {2, 3}), ({"two_bits": "-3 -1 1 3"}, {3}), ({"odd_codes_up_to": "4"}, {4}), ({"odd_codes_up_to": "3"}, {})],
+)
+def test_weights_of_a_version_with_other_codes_are_refused(
+    said: dict[str, str], refused: Collection[int], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     graph = captured(Residual(), (3, 8, 8))
     store = ArtifactStore((tmp_path / "store").as_uri())
-    for bits in (2, 4):
+    for bits in (2, 3, 4):
         quantization = Quantization(weight_bits=bits, activation_bits=8)
         student = build_student(graph, quantization)
         calibrate(student, torch.randn(4, 3, 8, 8))
@@ -48,10 +55,10 @@ def test_two_bit_weights_of_a_version_with_other_codes_are_refused(tmp_path: Pat
         earlier = tmp_path / f"earlier{bits}"
         with safe_open(now, framework="pt") as file:
             metadata = file.metadata()
-        del metadata["two_bits"]
-        save_file(load_file(now), earlier, metadata)
-        if bits == 2:
-            with pytest.raises(InvalidArgumentError, match="quantize it again"):
+        del metadata["odd_codes_up_to"]
+        save_file(load_file(now), earlier, metadata | said)
+        if bits in refused:
+            with pytest.raises(InvalidArgumentError, match=f"{bits}-bit weights .* quantize it again"):
                 load_student(earlier, graph, DIGEST)
         else:
             load_student(earlier, graph, DIGEST)
@@ -83,4 +90,4 @@ def test_a_checkpoint_that_holds_something_else_has_another_form(tmp_path: Path)
     with safe_open(store.local_path(saved.artifact.digest), framework="pt") as file:
         content = sorted([*file.keys(), *(f"metadata {key}" for key in file.metadata())])
     digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
-    assert (FORM, digest) == ("quantizer/3", "17636e34ae52"), "give FORM another number, then note both here"
+    assert (FORM, digest) == ("quantizer/4", "17636e34ae52"), "give FORM another number, then note both here"

@@ -21,7 +21,7 @@ def codes_of(grid: WeightGrid) -> list[int]:
 
 def test_codes_of_every_width() -> None:
     assert codes_of(WeightGrid.of(2)) == [-3, -1, 1, 3]
-    assert codes_of(WeightGrid.of(3)) == [-3, -2, -1, 0, 1, 2, 3]
+    assert codes_of(WeightGrid.of(3)) == [-7, -5, -3, -1, 1, 3, 5, 7]
     assert [WeightGrid.of(bits).limit for bits in range(4, 9)] == [7, 15, 31, 63, 127]
 
 
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_lsq(seed: int) -> None:
     assert torch.allclose(step.grad, want.sum((1, 2, 3), keepdim=True))
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_integers_are_what_the_student_computes(bits: int) -> None:
     torch.manual_seed(bits)
     quantizer = ActivationQuantizer(6, CodeRange(0, 127), 8)
@@ -70,7 +70,7 @@ def test_integers_are_what_the_student_computes(bits: int) -> None:
     assert torch.allclose(layer(codes), integers(codes), atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_row_without_weights_gives_nothing(bits: int) -> None:
     torch.manual_seed(bits)
     quantizer = ActivationQuantizer(6, CodeRange(0, 127), 8)

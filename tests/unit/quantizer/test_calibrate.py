@@ -1,0 +1,53 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from services.quantizer.calibrate import calibrate
+from services.quantizer.config import Quantization
+from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
+from services.quantizer.student import build_student
+from tests.support.models import captured
+
+SHAPE = (3, 8, 8)
+
+
+class Joined(nn.Module):
+    """A 1×1 convolution reads two values side by side, the later one first; it has no border and no BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 6, 3)
+        self.relu = nn.ReLU()
+        self.relu6 = nn.ReLU6()
+        self.joint = nn.Conv2d(10, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side_by_side = torch.cat([self.relu6(self.right(x) * 4), self.relu(self.left(x))], 1)
+        logits: Tensor = self.joint(side_by_side).mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_layers_mean_output_is_that_of_unrounded_weights_and_unrounded_inputs(bits: int) -> None:
+    model = captured(Joined(), SHAPE)
+    layer = model.get_submodule("joint")
+    assert isinstance(layer, nn.Conv2d)
+    images = 2 * torch.randn(128, *SHAPE, generator=torch.Generator().manual_seed(0))
+    student = build_student(model, Quantization(bits, bits))
+    calibrate(student, images)
+    values: dict[ActivationQuantizer, Tensor] = {}
+    for module in student.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.register_forward_pre_hook(lambda m, args: values.update({m: args[0]}))
+    quantized = student.get_submodule("joint")
+    assert isinstance(quantized, QuantizedLayer)
+    assert layer.bias is not None
+    read: list[Tensor] = []
+    quantized.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    with torch.no_grad():
+        student(images)
+        by_channel = quantized.quantizer.gather(lambda made: values[made].transpose(0, 1).flatten(1)).double()
+        wanted = layer.weight.double().flatten(1) @ by_channel.mean(1) + layer.bias.double()
+        rounded = (quantized.weight_codes() * quantized.log_step.exp().view(-1, 1, 1, 1)).double().flatten(1)
+        got = rounded @ read[0].double().mean((0, 2, 3)) + quantized.bias.double()
+    assert torch.allclose(got, wanted, atol=1e-4 * float(by_channel.std()))
