@@ -21,6 +21,7 @@ from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.evaluator.graph import load_graph
 from services.evaluator.onnx_runtime import OnnxModel
 from services.generator.synthesis import SynthesisParameters, Synthesizer
+from services.generator.synthetic_set import drawn_set
 from services.quantizer.batches import Batch, BatchSource, ReplaySource
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
@@ -150,12 +151,8 @@ class Bench:
         for _ in range(iterations):
             synthesizer.draw()
             synthesizer.step_alone()
-        parts = [synthesizer.draw(train=False) for _ in range(-(-count // batch_size))]
-        return Batch(
-            torch.cat([p.images for p in parts])[:count],
-            torch.cat([p.labels for p in parts])[:count],
-            torch.cat([p.logits for p in parts])[:count],
-        )
+        parts = list(drawn_set(synthesizer, count))
+        return Batch(*(torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels", "logits")))
 
     def student(self, quantization: Quantization, images: Tensor) -> fx.GraphModule:
         """Return a student with ranges set from synthetic images and no training."""

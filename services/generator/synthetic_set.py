@@ -2,17 +2,39 @@
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 import torch
 
 from granq.v1 import artifacts_pb2
 from services.common.artifacts import ArtifactStore
-from services.generator.synthesis import Synthesizer
+from services.generator.synthesis import Batch, Synthesizer
 
 # Batches drawn for each batch that is kept, at most.
 _OVERDRAW: Final = 4
+
+
+def drawn_set(synthesizer: Synthesizer, count: int) -> Iterator[Batch]:
+    """Draw batches and yield of each what is kept, ``count`` images in all.
+
+    The set gives activations their ranges and students their lessons, so images count that the teacher takes for what
+    they were made for. Up to four times as many as needed are drawn, and those are kept; images of other kinds fill the
+    set up only as far as the draws do not suffice. The choice looks at one batch at a time and never at the whole set,
+    which may be larger than memory.
+    """
+    size = synthesizer.parameters.batch_size
+    budget = _OVERDRAW * -(-count // size)
+    while count:
+        budget -= 1
+        batch = synthesizer.draw(train=False)
+        agrees = batch.logits.argmax(dim=1) == batch.labels
+        order = torch.argsort(agrees.logical_not(), stable=True)
+        must = count - max(budget, 0) * size
+        chosen = order[: min(max(int(agrees.sum()), must), count)]
+        count -= len(chosen)
+        yield replace(batch, images=batch.images[chosen], labels=batch.labels[chosen], logits=batch.logits[chosen])
 
 
 def write_set(
@@ -23,37 +45,23 @@ def write_set(
 ) -> tuple[artifacts_pb2.Artifact, float]:
     """Write "images" N×C×H×W, "labels" N and "logits" N×K; return the file and the label agreement.
 
-    The set gives activations their ranges and students their lessons, so images count that the teacher takes for what
-    they were made for. Up to four times as many as needed are drawn, and those are kept; images of other kinds fill the
-    set up only as far as the draws do not suffice. The choice looks at one batch at a time and never at the whole set,
-    which may be larger than memory.
-
     Args:
         store: Where to.
         synthesizer: The trained generator.
         num_images: Images to write.
         on_progress: Called with the number of images written, for each batch; what it raises ends the writing.
     """
-    size = synthesizer.parameters.batch_size
-    budget = _OVERDRAW * -(-num_images // size)
     labels: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     written = agreeing = 0
     with store.writer("synthetic-set.safetensors", "application/octet-stream") as writer:
         writer.write(_header(num_images, synthesizer.input_shape, synthesizer.num_classes))
-        while written < num_images:
-            budget -= 1
-            batch = synthesizer.draw(train=False)
-            agrees = batch.logits.argmax(dim=1) == batch.labels
-            order = torch.argsort(agrees.logical_not(), stable=True)
-            must = num_images - written - max(budget, 0) * size
-            count = min(max(int(agrees.sum()), must), num_images - written)
-            chosen = order[:count]
-            writer.write(_bytes(batch.images[chosen]))
-            labels.append(batch.labels[chosen].cpu())
-            logits.append(batch.logits[chosen].cpu())
-            written += count
-            agreeing += int(agrees[chosen].sum())
+        for batch in drawn_set(synthesizer, num_images):
+            writer.write(_bytes(batch.images))
+            labels.append(batch.labels.cpu())
+            logits.append(batch.logits.cpu())
+            written += len(batch.labels)
+            agreeing += int((batch.logits.argmax(dim=1) == batch.labels).sum())
             on_progress(written)
         writer.write(_bytes(torch.cat(labels)))
         writer.write(_bytes(torch.cat(logits)))

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load
 
 from services.common.artifacts import ArtifactStore
-from services.generator.synthesis import SynthesisParameters, Synthesizer
-from services.generator.synthetic_set import write_set
+from services.generator.synthesis import Batch, SynthesisParameters, Synthesizer
+from services.generator.synthetic_set import drawn_set, write_set
 from tests.support.models import Residual, captured
 
 SHAPE = (3, 8, 8)
@@ -33,3 +33,39 @@ def test_set(count: int, tmp_path: Path) -> None:
     # An untrained generator meets one label in ten; drawing more than needed raises that.
     if count == 20:
         assert agreement > 0.2
+
+
+class Drawn(Synthesizer):
+    """Has no generator: the teacher takes each image for another label than its own with the given probability."""
+
+    def __init__(self, batch_size: int, wrong: float) -> None:
+        self.parameters = SynthesisParameters(batch_size)
+        self.num_classes = 3
+        self.draws = 0
+        self._wrong = wrong
+        self._noise = torch.Generator().manual_seed(0)
+
+    def draw(self, *, train: bool = True) -> Batch:
+        assert not train
+        size = self.parameters.batch_size
+        labels = torch.randint(3, (size,), generator=self._noise)
+        named = (labels + (torch.rand(size, generator=self._noise) < self._wrong)) % 3
+        images = torch.arange(size).float().view(-1, 1, 1, 1) + size * self.draws
+        self.draws += 1
+        return Batch(0, images, labels, torch.nn.functional.one_hot(named, 3).float(), torch.zeros(()))
+
+
+@pytest.mark.parametrize(("wrong", "draws"), [(0.0, 16), (0.5, 34)])
+def test_images_that_the_teacher_takes_for_what_they_are_suffice(wrong: float, draws: int) -> None:
+    drawn = Drawn(64, wrong)
+    kept = list(drawn_set(drawn, 1000))
+    assert len(torch.cat([batch.images for batch in kept]).unique()) == 1000
+    assert all(bool((batch.logits.argmax(1) == batch.labels).all()) for batch in kept)
+    assert drawn.draws <= draws
+
+
+def test_the_draws_end_at_four_times_what_is_needed() -> None:
+    drawn = Drawn(16, 1.0)
+    kept = list(drawn_set(drawn, 100))
+    assert len(torch.cat([batch.images for batch in kept]).unique()) == 100
+    assert drawn.draws == 4 * 7
