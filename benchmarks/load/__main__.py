@@ -120,5 +120,26 @@ def submit_command(
         submit.measure(name, queued, watchers, clients, submits, table.add)
 
 
+@app.command("throughput")
+def throughput_command(
+    workers: Annotated[list[int] | None, typer.Option(help="Number of workers; repeatable.")] = None,
+    pipelines: Annotated[int, typer.Option(help="For each worker.")] = 6,
+    computation: Annotated[float, typer.Option(help="Seconds of a pipeline, all jobs together.")] = 12.0,
+    out: Out = None,
+) -> None:
+    """Pipelines a minute of one, two and four workers whose jobs only take their time."""
+    from benchmarks.load import throughput
+
+    notes = [
+        f"**Simulated workers**: a pipeline's jobs compute nothing and take {computation:g} s together. All else is "
+        "real: coordinator (SQLite), servers, a process for each job, checkpoints, events. One job at a time at each.",
+        f"{pipelines} pipelines for each worker, submitted at once; seconds until the last has succeeded.",
+        "Workers computing: share of all workers' time that is computation. The rest is starts of processes, messages, "
+        "and the end, when there is less left than workers. CPU: coordinator, workers and their jobs' processes.",
+    ]
+    table = Table(out, "Throughput against workers", throughput.COLUMNS, notes)
+    throughput.measure(workers or [1, 2, 4], pipelines, computation, table.add)
+
+
 if __name__ == "__main__":
     app()
