@@ -7,6 +7,9 @@ import pytest
 
 # PostgreSQL is started by a true fork, since it needs another account. gRPC's handlers for that now and then crash the
 # forked process while threads are busy; they have no use here, where what is forked runs another program at once.
+# Without a GPU its kernels are run by Triton's interpreter. It has to be chosen before anything imports Triton.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from services.quantizer.kernels import cpu, eager
+from services.quantizer.kernels import cpu, eager, gpu
 
 
 def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
@@ -14,7 +14,7 @@ def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
     """
     if x.numel() == 0:
         raise ValueError(f"cannot quantize an empty tensor of shape {tuple(x.shape)}")
-    fused = None if x.is_cuda else cpu.fake_quantize(x, dims, bits)
+    fused = gpu.fake_quantize(x, dims, bits) if x.is_cuda else cpu.fake_quantize(x, dims, bits)
     result, finite = eager.fake_quantize(x, dims, bits) if fused is None else fused
     if isinstance(finite, Tensor) and finite.is_cuda:
         torch._assert_async(finite, "cannot quantize NaN, infinity or a range beyond float32")
@@ -25,11 +25,11 @@ def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> Tensor:
 
 def codes(v: Tensor, inverse: Tensor, lo: int, hi: int) -> Tensor:
     """Return clip(round(v·inverse), lo, hi), integer-valued; ``inverse`` differs along one axis of ``v`` at most."""
-    fused = None if v.is_cuda else cpu.codes(v, inverse, lo, hi)
+    fused = (gpu if v.is_cuda else cpu).codes(v, inverse, lo, hi)
     return eager.codes(v, inverse, lo, hi) if fused is None else fused
 
 
 def codes_backward(grad: Tensor, v: Tensor, inverse: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``codes`` by ``v`` and by −ln ``inverse`` as LSQ defines them, shaped as these are."""
-    fused = None if v.is_cuda else cpu.codes_backward(grad, v, inverse, lo, hi)
+    fused = (gpu if v.is_cuda else cpu).codes_backward(grad, v, inverse, lo, hi)
     return eager.codes_backward(grad, v, inverse, lo, hi) if fused is None else fused

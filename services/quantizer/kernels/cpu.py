@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from services.quantizer.kernels.layout import around_channels, dense, split_around
+
 # Named by its source, as hatch_build.py does: a library of other source is not found.
 _SOURCE: Final = Path(__file__).with_name("cpu.cpp")
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -38,36 +40,13 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Return ``x`` or a copy of it whose values lie without gaps, in the order N×C×H×W or N×H×W×C."""
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
-
-
-def _axes(x: Tensor) -> tuple[int, ...]:
-    """Return the axes of a dense tensor from the outermost in memory to the innermost."""
-    return tuple(range(x.dim())) if x.is_contiguous() else (0, 2, 3, 1)
-
-
-def _split(x: Tensor, dims: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """Return the lengths (before, of, after) of ``dims`` in memory, or None where they do not lie together there."""
-    axes = [axis for axis in _axes(x) if x.shape[axis] > 1]
-    places = [place for place, axis in enumerate(axes) if axis in dims]
-    begin, end = (places[0], places[-1] + 1) if places else (len(axes), len(axes))
-    if len(places) != end - begin:
-        return None
-    before, of, after = axes[:begin], axes[begin:end], axes[end:]
-    return tuple(torch.Size(x.shape[axis] for axis in part).numel() for part in (before, of, after))  # type: ignore[return-value]
-
-
 def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, bool] | None:
     """Return what ``eager.fake_quantize`` does, or None where the kernel cannot serve."""
     native = library()
     if native is None or x.dtype not in (torch.float32, torch.bfloat16):
         return None
-    x = _dense(x)
-    split = _split(x, dims)
+    x = dense(x)
+    split = split_around(x, dims)
     if split is None:
         return None
     y = torch.empty_like(x)
@@ -75,23 +54,13 @@ def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, 
     return y, bool(kernel(x.data_ptr(), y.data_ptr(), *split, bits, torch.get_num_threads()))
 
 
-def _channels(v: Tensor, inverse: Tensor) -> tuple[int, int, int] | None:
-    """Return ``v``'s lengths around the one axis along which ``inverse`` differs, or None."""
-    if v.dtype is not torch.float32 or inverse.dtype is not torch.float32 or inverse.dim() != v.dim():
-        return None
-    along = [axis for axis, size in enumerate(inverse.shape) if size > 1]
-    if len(along) > 1 or any(v.shape[axis] != inverse.shape[axis] for axis in along):
-        return None
-    return _split(v, tuple(along))
-
-
 def codes(v: Tensor, inverse: Tensor, lo: int, hi: int) -> Tensor | None:
     """Return what ``eager.codes`` does, or None where the kernel cannot serve."""
     native = library()
     if native is None:
         return None
-    v, inverse = _dense(v), inverse.contiguous()
-    sizes = _channels(v, inverse)
+    v, inverse = dense(v), inverse.contiguous()
+    sizes = around_channels(v, inverse)
     if sizes is None:
         return None
     q = torch.empty_like(v)
@@ -104,8 +73,8 @@ def codes_backward(grad: Tensor, v: Tensor, inverse: Tensor, lo: int, hi: int) -
     native = library()
     if native is None or grad.dtype is not torch.float32:
         return None
-    v, inverse = _dense(v), inverse.contiguous()
-    sizes = _channels(v, inverse)
+    v, inverse = dense(v), inverse.contiguous()
+    sizes = around_channels(v, inverse)
     if sizes is None:
         return None
     grad = grad.contiguous() if v.is_contiguous() else grad.contiguous(memory_format=torch.channels_last)
