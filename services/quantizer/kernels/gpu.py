@@ -1,4 +1,7 @@
-"""The fused kernels of ``triton_kernels.py``; None or a refusal where they cannot serve."""
+"""The fused kernels of ``triton_kernels.py``; None or a refusal where they cannot serve.
+
+Triton runs a kernel on the current GPU, so each launch makes that the tensors' own.
+"""
 
 from functools import cache
 from types import ModuleType
@@ -92,7 +95,8 @@ def _fake_quantize(found: ModuleType, x: Tensor, dims: tuple[int, ...], bits: in
         lo, hi = torch.aminmax(x.as_strided((before, of, after), (of * after, after, 1)), dim=1)
         lo, hi = lo.float(), hi.float()
         grid = (-(-x.numel() // _BLOCK),)
-        found.round_to_grid[grid](x, y, lo, hi, x.numel(), of, after, bits=bits, size=_BLOCK, **_EXACT)
+        with torch.cuda.device_of(x):
+            found.round_to_grid[grid](x, y, lo, hi, x.numel(), of, after, bits=bits, size=_BLOCK, **_EXACT)
         return y, torch.isfinite(hi - lo).all()
     side_by_side = after > 1
     groups = min(_GROUPS if side_by_side else _TILE, _TILE // rows, _power_of_two(after if side_by_side else before))
@@ -101,20 +105,9 @@ def _fake_quantize(found: ModuleType, x: Tensor, dims: tuple[int, ...], bits: in
     programs = before * -(-after // groups) if side_by_side else -(-before // groups)
     bad = torch.zeros((), dtype=torch.int32, device=x.device)
     warps = min(16, max(1, rows * groups // 1024))
-    found.fake_quantize_groups[(programs,)](
-        x,
-        y,
-        bad,
-        before,
-        of,
-        after,
-        bits=bits,
-        side_by_side=side_by_side,
-        rows=rows,
-        across=groups,
-        num_warps=warps,
-        **_EXACT,
-    )
+    tile = {"side_by_side": side_by_side, "rows": rows, "across": groups, "num_warps": warps}
+    with torch.cuda.device_of(x):
+        found.fake_quantize_groups[(programs,)](x, y, bad, before, of, after, bits=bits, **tile, **_EXACT)
     return y, bad == 0
 
 
@@ -126,7 +119,8 @@ def _codes(found: ModuleType, v: Tensor, inverse: Tensor, lo: int, hi: int) -> T
     _, channels, after = sizes
     q = torch.empty_like(v)
     grid = (-(-v.numel() // _BLOCK),)
-    found.codes[grid](v, inverse, q, v.numel(), channels, after, float(lo), float(hi), size=_BLOCK, **_EXACT)
+    with torch.cuda.device_of(v):
+        found.codes[grid](v, inverse, q, v.numel(), channels, after, float(lo), float(hi), size=_BLOCK, **_EXACT)
     return q
 
 
@@ -144,8 +138,9 @@ def _codes_backward(
     across = min(_GROUPS, _power_of_two(channels)) if wide else 1
     chunks = max(1, -(-before * after // _ROWS))
     sums = torch.empty(chunks, channels, device=v.device)
-    found.codes_backward[(chunks, -(-channels // across))](
-        *(grad, v, inverse, out, sums, before, channels, after, float(lo), float(hi)),
-        **{"rows": _ROWS, "across": across, "wide": wide, **_EXACT},
-    )
+    tile = {"rows": _ROWS, "across": across, "wide": wide}
+    with torch.cuda.device_of(v):
+        found.codes_backward[(chunks, -(-channels // across))](
+            grad, v, inverse, out, sums, before, channels, after, float(lo), float(hi), **tile, **_EXACT
+        )
     return out, sums.double().sum(0).float().view(inverse.shape)
