@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +23,8 @@ def same(message: bytes) -> bytes:
 
 
 def main() -> None:
+    # Taken where it is waited for, and however often it comes: it comes twice when a supervisor with threads dies.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     record = {key: value for key, value in os.environ.items() if key.startswith("GRANQ_")}
     with (CONTROL / f"{NAME}.starts").open("a") as starts:
         starts.write(json.dumps(record | {"pid": os.getpid()}) + "\n")
@@ -42,9 +43,7 @@ def main() -> None:
     ready = Path(os.environ["GRANQ_READY_FILE"])
     ready.with_suffix(".tmp").write_text(json.dumps({"port": port, "metrics_port": port}))
     ready.with_suffix(".tmp").replace(ready)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    stop.wait()
+    signal.sigwait({signal.SIGTERM})
     server.stop(0).wait()
     (CONTROL / f"{NAME}.stopped").write_text("gracefully")
 

@@ -3,6 +3,7 @@
 What a job needs (torch) is imported by the job's own module; this one stays light.
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -180,10 +181,20 @@ def main() -> None:
     # The server alone decides when a job ends, so Ctrl-C at the terminal is not for this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     orders = Orders()
+    # A handler may interrupt itself, or the event's own wait, whose lock it would then wait for without end. So it
+    # writes a byte, and a thread sets the event.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        orders.stop.set()
+        with contextlib.suppress(BlockingIOError):  # full: it has been told often enough
+            os.write(tell, b"\0")
 
+    def obey() -> None:
+        while os.read(told, 64):
+            orders.stop.set()
+
+    threading.Thread(target=obey, daemon=True, name="signals").start()
     signal.signal(signal.SIGTERM, stop)
     inlet = os.fdopen(os.dup(0), "rb")
     outlet = Outlet(os.fdopen(os.dup(1), "wb"))

@@ -28,7 +28,7 @@ def at_hand() -> None:
     assert gpu.kernels(DEVICE) is not None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(SHAPES, st.integers(0, 2**32 - 1), st.integers(2, 8), st.sampled_from(ACTIVATION + WEIGHT), st.booleans())
 @example((1, 1, 1, 1), 0, 2, (2, 3), False)
 @example((2, 3, 100, 100), 1, 4, (0, 1, 2, 3), False)  # more than a program holds
@@ -54,7 +54,7 @@ def test_fake_quantization_equals_plain_pytorch(
         assert got[0].stride() == x.stride()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(SHAPES, st.integers(0, 2**32 - 1), st.sampled_from([(0, 1), (0, 127), (-7, 7), (-128, 127)]), st.booleans())
 @example((4, 20, 20, 20), 0, (0, 15), False)
 @example((4, 20, 20, 20), 0, (0, 15), True)
@@ -111,8 +111,8 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch: pytest.Mo
 
 
 def test_kernels_compile_for_every_generation_of_gpus_and_round_each_operation() -> None:
-    """Ampere, Orin, Ada, Hopper and Blackwell: a fused multiply-add or a quick division would round otherwise."""
-    architectures = ["80", "87", "89", "90", "120"]
+    """Orin, Hopper and Blackwell: a fused multiply-add or a quick division would round otherwise."""
+    architectures = ["87", "90", "120"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.support.compile_gpu_kernels", *architectures],
