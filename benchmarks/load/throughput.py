@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
-from benchmarks.load.many_process import NAME, addresses
+from benchmarks.load.coordinator_process import NAME, addresses
 from granq.v1 import coordinator_pb2
 from services.coordinator.transitions import State
 from tests.support.coordinator import Client, WorkerProcess
@@ -50,7 +50,7 @@ class _Coordinator(ServerProcess):
     @property
     def module(self) -> str:
         """What is run."""
-        return "benchmarks.load.many_process"
+        return "benchmarks.load.coordinator_process"
 
     def environment(self) -> dict[str, str]:
         """Environment of the process."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ODD_UP_TO = 3  # bits; a fifteenth of the range, at four, is worth less than an exact zero
+ODD_UP_TO = 3  # bits; wider ones keep an exact zero, for one code of sixteen or more
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ runs across; where each lies by itself, it runs along the rows.
 import triton
 import triton.language as tl
 
+from services.quantizer.kernels import eager
+
 _HALF_STEPS = tl.constexpr(8388608.0)  # 2^23: floats from here on are integers
-_SPAN_FLOOR = tl.constexpr(1e-8)  # as eager.SPAN_FLOOR
-_OVERFLOW_RATIO = tl.constexpr(1e-35)  # as eager.OVERFLOW_RATIO
+_SPAN_FLOOR = tl.constexpr(eager.SPAN_FLOOR)
+_OVERFLOW_RATIO = tl.constexpr(eager.OVERFLOW_RATIO)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """A coordinator for which the name "workers" means several loopback addresses: it stands for a cluster's name server.
 
-`WORKERS=4 python -m benchmarks.load.many_process`
+`WORKERS=4 python -m benchmarks.load.coordinator_process`
 """
 
 import os
