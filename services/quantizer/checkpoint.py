@@ -122,7 +122,8 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
             metadata = file.metadata() or {}
         tensors = load_file(path)
         quantization = Quantization.from_json(metadata["quantization"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        odd_up_to = int(metadata.get(_ODD_UP_TO, 2 if "two_bits" in metadata else 1))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
         raise InvalidArgumentError(
             f"the file is not a quantized model of this service: {error}",
             reason="QUANTIZED_MODEL_UNREADABLE",
@@ -135,7 +136,6 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
             field="quantized_model",
         )
     student = build_student(model, quantization)
-    odd_up_to = int(metadata.get(_ODD_UP_TO, 2 if "two_bits" in metadata else 1))
     widths = {module.bits.weight for module in student.modules() if isinstance(module, QuantizedLayer)}
     if changed := [bits for bits in widths if (bits <= odd_up_to) != (bits <= ODD_UP_TO)]:
         raise InvalidArgumentError(

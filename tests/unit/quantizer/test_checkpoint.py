@@ -63,6 +63,9 @@ def test_weights_of_a_version_with_other_codes_are_refused(tmp_path: Path) -> No
                     load_student(earlier, graph, DIGEST)
             else:
                 load_student(earlier, graph, DIGEST)
+    save_file(load_file(now), earlier, metadata | {"odd_codes_up_to": "three"})
+    with pytest.raises(InvalidArgumentError, match="not a quantized model"):
+        load_student(earlier, graph, DIGEST)
 
 
 def test_a_checkpoint_that_holds_something_else_has_another_form(tmp_path: Path) -> None:
