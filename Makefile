@@ -12,7 +12,7 @@ ARGS ?=
 TEST_WORKERS ?= 2
 # Debian keeps the programs of a PostgreSQL server, which tests start, off the PATH.
 POSTGRES_BIN = $(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin)))
-CONTRACT := pyproject.toml hatch_build.py services/quantizer/kernels/cpu.cpp $(wildcard protos/granq/v1/*.proto)
+CONTRACT := pyproject.toml hatch_build.py $(wildcard services/*/kernels/*.cpp services/*/kernels/*.h) $(wildcard protos/granq/v1/*.proto)
 DEMO_OUT ?= demo-out
 
 .DEFAULT_GOAL := help

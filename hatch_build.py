@@ -84,31 +84,43 @@ def generate(root: Path) -> None:
 
 
 def compile_kernels(root: Path) -> bool:
-    """Compile the quantizer's CPU kernels beside their source; return whether there are any now.
+    """Compile the CPU kernels beside their sources; return whether there are all of them now.
 
-    A machine without a C++ compiler gets none, and the quantizer computes the same in plain PyTorch, more slowly.
+    A machine without a C++ compiler gets none, and the services compute the same in plain PyTorch, more slowly.
     """
-    source = root / "services" / "quantizer" / "kernels" / "cpu.cpp"
+    header = root / "services" / "common" / "kernels" / "values.h"
+    sources = [header.with_name("norms.cpp"), root / "services" / "quantizer" / "kernels" / "cpu.cpp"]
     # Named by its source, so that a library of other source is never loaded.
-    library = source.with_name(f"_cpu_{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so")
-    if library.exists():
+    missing = {}
+    for source in sources:
+        digest = hashlib.sha256(header.read_bytes() + source.read_bytes()).hexdigest()[:12]
+        library = source.with_name(f"_{source.stem}_{digest}.so")
+        if not library.exists():
+            missing[source] = library
+    if not missing:
         return True
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        sys.stderr.write("no C++ compiler (Debian: g++): the quantizer's CPU kernels are left out\n")
+        sys.stderr.write("no C++ compiler (Debian: g++): the CPU kernels are left out\n")
         return False
-    flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti"]
+    # A compiler may know one source's instructions and not the other's.
+    compiled = [_compile(compiler, root, source, library) for source, library in missing.items()]
+    return all(compiled)
+
+
+def _compile(compiler: str, root: Path, source: Path, library: Path) -> bool:
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-exceptions", "-fno-rtti", f"-I{root}"]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     with TemporaryDirectory(dir=source.parent) as folder:
-        compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
+        compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         # In two steps, so that OpenMP's library is not linked: PyTorch brings its own.
         steps: list[list[str | Path]] = [[*flags, "-c", source, "-o", compiled], ["-shared", compiled, "-o", linked]]
         for arguments in steps:
             run = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
             if run.returncode != 0:
-                sys.stderr.write(f"the quantizer's CPU kernels do not compile and are left out:\n{run.stderr}")
+                sys.stderr.write(f"{source.name} does not compile and is left out:\n{run.stderr}")
                 return False
-        for old in source.parent.glob("_cpu_*.so"):
+        for old in source.parent.glob(f"_{source.stem}_*.so"):
             old.unlink(missing_ok=True)
         linked.replace(library)
     return True

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from granq.v1 import common_pb2
+from services.common.kernels.blocks import fuse_blocks
 from services.generator.bn_statistics import BatchNormStatistics
 from services.generator.networks import LATENT, ConditionalGenerator
 
@@ -104,6 +105,9 @@ class Synthesizer:
         self._teacher = teacher.eval().requires_grad_(False).to(device)
         self._teacher.to(memory_format=torch.channels_last)
         self._statistics = BatchNormStatistics(self._teacher)
+        self._run = self._teacher
+        if isinstance(self._teacher, fx.GraphModule):
+            self._run = fuse_blocks(self._teacher, listener=self._statistics.add)
         # The weights are drawn on the CPU from the seed alone, without a trace in the process's own random state.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(parameters.seed)
@@ -131,7 +135,7 @@ class Synthesizer:
         labels = torch.randint(self.num_classes, (size,), generator=self._random).to(self._device)
         with torch.set_grad_enabled(train):
             images = self.generator(z, labels)
-            logits = self._teacher(images)
+            logits = self._run(images)
             bn_loss = self._statistics.take_loss()
         if train:
             self._pending = _Pending(images, labels, logits, bn_loss, rng, buffers)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from services.common.kernels.blocks import fuse_blocks
 from services.quantizer.batches import Batch, BatchSource
-from services.quantizer.config import GeneratorLosses, Training
+from services.quantizer.config import ActivationGranularity, GeneratorLosses, Training
 from services.quantizer.curve import LossCurve
 from services.quantizer.fake_quant import DynamicActivation
 from services.quantizer.features import FeatureLoss
@@ -77,6 +78,7 @@ class Trainer:
         if flat is not None and (teacher is None or source.wants_gradients):
             raise ValueError("flat areas need a teacher, and a source that wants no gradients")
         self.student = student
+        self._run = fuse_blocks(student, _own_bits)
         self.training = training
         self.losses = losses
         self.source = source
@@ -122,7 +124,7 @@ class Trainer:
         if self._teacher is not None and learns:
             with torch.no_grad():
                 logits = self._teacher(images)
-        student = self.student(images)
+        student = self._run(images)
         self._latest = student.detach(), logits
         generator = torch.zeros(())
         if self.source.wants_gradients:
@@ -213,6 +215,12 @@ class Trainer:
         self.iteration = iteration
         if iteration > self.training.warmup_iterations:
             stop_tracking(self.student)
+
+
+def _own_bits(module: nn.Module) -> int | None:
+    if isinstance(module, DynamicActivation) and module.granularity is ActivationGranularity.PER_SAMPLE_CHANNEL:
+        return module.bits
+    return None
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

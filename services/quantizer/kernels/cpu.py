@@ -1,7 +1,6 @@
 """The fused kernels of cpu.cpp, called through ctypes; None or a refusal where they cannot serve."""
 
 import ctypes
-import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -9,12 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from services.common.kernels.loading import Signature, load
 from services.quantizer.kernels.layout import around_channels, dense, split_around
 
-# Named by its source, as hatch_build.py does: a library of other source is not found.
-_SOURCE: Final = Path(__file__).with_name("cpu.cpp")
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_SIGNATURES: Final = {
+_SIGNATURES: Final[dict[str, Signature]] = {
     "granq_fake_quantize_float32": ([_POINTER] * 2 + [_INT64] * 3 + [_INT] * 2, _INT),
     "granq_fake_quantize_bfloat16": ([_POINTER] * 2 + [_INT64] * 3 + [_INT] * 2, _INT),
     "granq_codes": ([_POINTER] * 3 + [_INT64] * 3 + [_FLOAT] * 2 + [_INT], None),
@@ -25,19 +23,8 @@ _SIGNATURES: Final = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, or None where the installation has none or this machine cannot load them.
-
-    Importing torch has loaded its OpenMP library, whose symbols the kernels need.
-    """
-    path = _SOURCE.with_name(f"_cpu_{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]}.so")
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError:
-        return None
-    for name, (arguments, result) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, result
-    return found
+    """Return the compiled kernels, or None where the installation has none or this machine cannot load them."""
+    return load(Path(__file__).with_name("cpu.cpp"), _SIGNATURES)
 
 
 def fake_quantize(x: Tensor, dims: tuple[int, ...], bits: int) -> tuple[Tensor, bool] | None:

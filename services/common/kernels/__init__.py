@@ -1,0 +1,1 @@
+"""Fused kernels that several services compute with."""

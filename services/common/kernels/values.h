@@ -1,0 +1,71 @@
+// What the CPU kernels of all services have in common: number types, ranges of values, and the grid between their ends.
+//
+// No header of Python or PyTorch is included, so that one build serves all their versions. OpenMP's symbols are left
+// open and found in the library that PyTorch brings, whose threads are then shared. hatch_build.py builds the kernels.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+constexpr float SPAN_FLOOR = 1e-8f;           // as in services/quantizer/kernels/eager.py
+constexpr float OVERFLOW_RATIO = 1e-35f;      // as there
+constexpr uint32_t NOT_FINITE = 0xff000000u;  // such bits of infinity; NaN has more
+constexpr int LANES = 32;                     // values that a loop keeps in registers
+constexpr int64_t ROWS = 64;                  // values of a channel that are summed in float before they go to a double
+constexpr int64_t GRAIN = 1 << 15;            // values below which one thread is faster than several
+
+struct bfloat16 { uint16_t bits; };
+
+template <class To, class From>
+INLINE To as(From value) {
+    To bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+INLINE float load(const float *at) { return *at; }
+INLINE float load(const bfloat16 *at) { return as<float>(uint32_t(at->bits) << 16); }
+INLINE void store(float *at, float value) { *at = value; }
+INLINE void store(bfloat16 *at, float value) {
+    const uint32_t bits = as<uint32_t>(value);
+    at->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // half to even
+}
+INLINE float least(float a, float b) { return a < b ? a : b; }  // b where one of them is NaN
+INLINE float most(float a, float b) { return a > b ? a : b; }
+
+struct Range {
+    float lo = INFINITY, hi = -INFINITY;
+    uint32_t top = 0;  // largest magnitude, as bits without the sign, shifted left by one
+
+    void join(const Range &other) {
+        lo = least(other.lo, lo), hi = most(other.hi, hi), top = other.top > top ? other.top : top;
+    }
+};
+
+struct Grid { float scale, zero_point; bool finite; };
+
+INLINE Grid grid_of(const Range &range, int bits) {
+    float span = range.hi - range.lo;
+    const bool finite = range.top < NOT_FINITE && span <= 3.402823466e38f;
+    span = most(span, SPAN_FLOOR);
+    span = most(span, most(std::fabs(range.lo), std::fabs(range.hi)) * OVERFLOW_RATIO);
+    // PyTorch divides a number by a tensor in this way.
+    const float scale = (1.0f / span) * float((1 << bits) - 1);
+    return {scale, std::rint(scale * range.lo) + float(1 << (bits - 1)), finite};
+}
+
+INLINE float rounded(float v, float scale, float zero_point) {
+    return (std::rint(v * scale - zero_point) + zero_point) / scale;
+}
+
+INLINE int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
+INLINE int64_t rest(int64_t part, int64_t size, int64_t count) {  // size of a part, the last of which is shorter
+    return (part + 1) * size <= count ? size : count - part * size;
+}
+
+}  // namespace
