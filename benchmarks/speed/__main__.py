@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.results_table import Table
 from benchmarks.speed import fake_quant, iteration
-from benchmarks.speed.timing import clock_of
+from benchmarks.speed.timing import clock_of, keep_freed_memory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Out = Annotated[Path | None, typer.Option(help="Markdown file to write, after each row.")]
@@ -30,6 +30,7 @@ def _prepare(threads: int, clock: str, device: str) -> tuple[torch.device, str]:
     torch.set_num_threads(threads)
     found = torch.device(device)
     clock_of(clock, found)
+    keep_freed_memory()
     name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"CPU, {threads} threads"
     return found, f"{name}; PyTorch {torch.__version__}. {CLOCKS[clock]}"
 
@@ -56,13 +57,16 @@ def iteration_table(
     clock: ClockName = "wall",
     device: Device = "cpu",
     memory: Annotated[bool, typer.Option(help="Also measure the peak of memory.")] = True,
+    bfloat16: Annotated[bool, typer.Option(help="Add a row in which our layers compute in bfloat16.")] = True,
     out: Out = None,
 ) -> None:
     """An iteration of joint training in one process, generator included."""
     where, note = _prepare(threads, clock, device)
     table = Table(out, "Iteration of joint training", iteration.COLUMNS, (note, *iteration.NOTES))
     for name in network or iteration.NETWORKS:
-        table.add(*iteration.row(name, batch, runs, clock_of(clock, where), where, memory=memory))
+        for narrow in (False, True) if bfloat16 else (False,):
+            row = iteration.row(name, batch, runs, clock_of(clock, where), where, memory=memory, bfloat16=narrow)
+            table.add(*row)
 
 
 @app.command("growth")

@@ -56,8 +56,10 @@ COLUMNS = (
 NOTES = (
     f"Weights and activations of {BITS} bits, one range per sample and channel; the generator's step is included.",
     "Published: benchmarks/speed/published.py. Ours: the services' own classes in one process, which cannot overlap.",
-    f"Matrix product: {SIZE}×{SIZE} float32, measured in turn with the iterations. Convolutions: multiply-adds of the "
-    "teacher (2 F), the student (4 F) and the generator (3 of its passes).",
+    "In a row named bfloat16 our layers compute in that; the published way is float32 in every row.",
+    "Both keep freed memory for what comes next, as jobs of the services do.",
+    f"Matrix product: {SIZE}×{SIZE} in the number type of our layers, measured in turn with the iterations. "
+    "Convolutions: multiply-adds of the teacher (2 F), the student (4 F) and the generator (3 of its passes).",
 )
 GROWTH_COLUMNS = ("network", "batch", "side", "ms", "ms per image", "peak memory MiB", "MiB per image")
 
@@ -82,16 +84,18 @@ class _Pair:
     classes: int
     training: Training
     device: torch.device
+    bfloat16: bool = False
 
     @classmethod
-    def of(cls, name: str, batch: int, side: int, device: torch.device) -> "_Pair":
+    def of(cls, name: str, batch: int, side: int, device: torch.device, *, bfloat16: bool = False) -> "_Pair":
         spec = NETWORKS[name]
         network = _settled(spec.build(spec.classes))
         shape = (3, side, side)
         training = Training(
             co_train=True, epochs=2, iterations_per_epoch=1000, warmup_epochs=0, batch_size=batch
         ).for_family(_quantization())
-        return cls(network, capture(copy.deepcopy(network), shape), shape, spec.classes, training, device)
+        captured = capture(copy.deepcopy(network), shape)
+        return cls(network, captured, shape, spec.classes, training, device, bfloat16)
 
     def published(self) -> Callable[[], Tensor]:
         baseline = PublishedIteration(self.network, self.shape, self.classes, BITS, self.training, self.device)
@@ -99,9 +103,13 @@ class _Pair:
 
     def trainer(self) -> tuple[Trainer, Synthesizer]:
         parameters = SynthesisParameters(self.training.batch_size, self.training.seed)
-        synthesizer = Synthesizer(no_grad_copy(self.captured), self.shape, self.classes, parameters, self.device)
+        synthesizer = Synthesizer(
+            *(no_grad_copy(self.captured), self.shape, self.classes, parameters, self.device), bfloat16=self.bfloat16
+        )
         student = build_student(self.captured, _quantization()).to(self.device)
-        return Trainer(student, self.training, GeneratorLosses(), JointSource(synthesizer)), synthesizer
+        source = JointSource(synthesizer)
+        trainer = Trainer(student, self.training, GeneratorLosses(), source, bfloat16=self.bfloat16)
+        return trainer, synthesizer
 
     def ours(self) -> Callable[[], Tensor]:
         trainer = self.trainer()[0]
@@ -139,19 +147,21 @@ def multiply_adds(pair: _Pair) -> int:
     return 6 * counts["student"] + 3 * counts["generator"]
 
 
-def row(name: str, batch: int, runs: int, clock: Clock, device: torch.device, *, memory: bool) -> tuple[object, ...]:
-    """Return the cells of a network's row."""
-    pair = _Pair.of(name, batch, NETWORKS[name].side, device)
+def row(
+    name: str, batch: int, runs: int, clock: Clock, device: torch.device, *, memory: bool, bfloat16: bool
+) -> tuple[object, ...]:
+    """Return the cells of a network's row; ``bfloat16`` is what ours computes in, the published way never does."""
+    pair = _Pair.of(name, batch, NETWORKS[name].side, device, bfloat16=bfloat16)
     published, ours = pair.published(), pair.ours()
     least = -(pair.training.temperature**2) * torch.log(torch.tensor(float(pair.classes)))
     first = [float(published() - least), float(ours())]
-    matrix = torch.randn(SIZE, SIZE, device=device)
+    matrix = torch.randn(SIZE, SIZE, device=device).to(torch.bfloat16 if bfloat16 else torch.float32)
     calls = {"published": published, "ours": ours, "product": lambda: matrix @ matrix}
     taken = in_turn(calls, runs, clock, device)
     floor = multiply_adds(pair) / (SIZE**3 / taken["product"])
     peaks = [peak_bytes(call, device) / MIB for call in (published, ours)] if memory else []
     return (
-        f"{name}, 3×{pair.shape[1]}×{pair.shape[2]}, {batch}",
+        f"{name}, 3×{pair.shape[1]}×{pair.shape[2]}, {batch}{', bfloat16' if bfloat16 else ''}",
         f"{1e3 * taken['published']:.0f}",
         f"{1e3 * taken['ours']:.0f}",
         f"{taken['published'] / taken['ours']:.2f}",

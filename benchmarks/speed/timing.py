@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them: M_…
 Clock = Callable[[], float]
 
 
@@ -53,6 +55,16 @@ def in_turn(
             if number:
                 taken[name].append(clock() - begin)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for what is allocated next, as in processes of jobs (services/common/jobs).
+
+    Else each large tensor comes page by page from the kernel.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for parameter, size in ((_MMAP_THRESHOLD, 256 * 2**20), (_TRIM_THRESHOLD, 512 * 2**20)):
+            library.mallopt(parameter, size)
 
 
 def copy_seconds(x: Tensor) -> Callable[[], object]:

@@ -52,7 +52,8 @@ class BatchNormStatistics:
     def _listen(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is None or layer.running_var is None:
             raise TypeError(f"{type(layer).__name__} has no running statistics")
-        self.add(layer, *_MeanAndVariance.apply(inputs[0]))
+        x = inputs[0]
+        self.add(layer, *_MeanAndVariance.apply(x.float() if x.dtype is torch.bfloat16 else x))
 
     def add(self, layer: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
         """Take the mean and the biased variance, C each, of what a layer read, where it does not run by itself."""

@@ -31,6 +31,7 @@ class JointTraining:
         threads: CPU threads to compute with.
         max_message_bytes: Largest message that can be sent.
         limits: Under which the model and the state are read. Default: none.
+        bfloat16: Whether layers compute in bfloat16.
 
     Raises:
         InvalidArgumentError: The model or the state cannot be used, or a batch does not fit into a message.
@@ -44,10 +45,14 @@ class JointTraining:
         threads: int,
         max_message_bytes: int,
         limits: Reading = lambda _field, _size: nullcontext(),
+        *,
+        bfloat16: bool = False,
     ) -> None:
         self._store = store
         parameters = SynthesisParameters.of(request.generator, request.batch_size, request.seed)
-        self._synthesizer, self._belongs_to = create_synthesizer(request.model, parameters, store, threads, limits)
+        self._synthesizer, self._belongs_to = create_synthesizer(
+            request.model, parameters, store, threads, limits, bfloat16=bfloat16
+        )
         self._check_size(max_message_bytes)
         if request.HasField("resume_from"):
             with reading_of(limits, store, "resume_from", request.resume_from):

@@ -72,7 +72,9 @@ def serve(opening: generator_pb2.CoTrainOpen, settings: GeneratorSettings, inbox
 
     store = ArtifactStore.of(settings)
     limits = partial(limited_reading, settings, lambda field: wire.write(outlet, Frame.READING, field.encode()))
-    training = JointTraining(opening, store, settings.torch_threads, settings.max_message_bytes, limits)
+    training = JointTraining(
+        opening, store, settings.torch_threads, settings.max_message_bytes, limits, bfloat16=settings.bfloat16
+    )
     send(training.draw())
     while (message := inbox.next()) is not None:
         match message.WhichOneof("message"):

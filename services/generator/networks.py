@@ -27,9 +27,8 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalize over the batch, then scale and shift by class."""
-        result: torch.Tensor = (
-            self.norm(x) * self.scale(labels)[:, :, None, None] + self.shift(labels)[:, :, None, None]
-        )
+        scale, shift = (of(labels)[:, :, None, None].to(x.dtype) for of in (self.scale, self.shift))
+        result: torch.Tensor = self.norm(x) * scale + shift
         return result
 
 
@@ -124,8 +123,10 @@ class ConditionalGenerator(nn.Module):
         # What convolutions are fastest in; all that follows keeps it, the teacher and the student too.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(self.norm0(x, labels), self._sizes[1])
-        x = F.leaky_relu(self.norm1(x, labels), 0.2)
+        # In place, since the gradient needs what came before BatchNorm and what comes out here, and nothing between.
+        x = F.leaky_relu(self.norm1(x, labels), 0.2, inplace=True)
         x = self.conv2(x, self._sizes[2])
-        x = F.leaky_relu(self.norm2(x, labels), 0.2)
-        images: torch.Tensor = self.output(torch.tanh(self.conv3(x)))
+        x = F.leaky_relu(self.norm2(x, labels), 0.2, inplace=True)
+        # Whatever the layers compute in, images are float32.
+        images: torch.Tensor = self.output(torch.tanh(self.conv3(x).float()))
         return images

@@ -37,3 +37,8 @@ class GeneratorSettings(ServerSettings):
         le=600,
         description="Time in seconds that a CoTrain stream waits for a place before it fails.",
     )
+    bfloat16: bool = Field(
+        default=False,
+        description="Whether the layers of generator and teacher compute in bfloat16 in a joint training. Faster on a "
+        "CPU that has instructions for it (AVX512_BF16, AMX).",
+    )

@@ -86,6 +86,7 @@ class Synthesizer:
         parameters: Of the training.
         device: Where to compute.
         pixel_range: What black and white are, float32 C each, or None.
+        bfloat16: Whether layers compute in bfloat16. Weights, their gradients, images, statistics and losses never do.
     """
 
     def __init__(
@@ -96,11 +97,14 @@ class Synthesizer:
         parameters: SynthesisParameters,
         device: torch.device,
         pixel_range: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        bfloat16: bool = False,
     ) -> None:
         self.parameters = parameters
         self.input_shape = input_shape
         self.iteration = 0
         self._device = device
+        self._bfloat16 = bfloat16
         self.num_classes = num_classes
         self._teacher = teacher.eval().requires_grad_(False).to(device)
         self._teacher.to(memory_format=torch.channels_last)
@@ -114,7 +118,9 @@ class Synthesizer:
             self.generator = ConditionalGenerator(input_shape, num_classes, pixel_range if parameters.bounded else None)
         self.generator.to(device).train()
         self._random = torch.Generator().manual_seed(parameters.seed)
-        self._optimizer = torch.optim.Adam(self.generator.parameters(), lr=parameters.learning_rate, betas=_BETAS)
+        self._optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=parameters.learning_rate, betas=_BETAS, fused=True
+        )
         self._pending: _Pending | None = None
 
     def draw(self, *, train: bool = True) -> Batch:
@@ -133,9 +139,12 @@ class Synthesizer:
         size = self.parameters.batch_size
         z = torch.randn(size, LATENT, generator=self._random).to(self._device)
         labels = torch.randint(self.num_classes, (size,), generator=self._random).to(self._device)
-        with torch.set_grad_enabled(train):
+        with (
+            torch.set_grad_enabled(train),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16),
+        ):
             images = self.generator(z, labels)
-            logits = self._run(images)
+            logits = self._run(images).float()
             bn_loss = self._statistics.take_loss()
         if train:
             self._pending = _Pending(images, labels, logits, bn_loss, rng, buffers)

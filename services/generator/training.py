@@ -20,7 +20,13 @@ def prepare_torch(threads: int) -> torch.device:
 
 
 def create_synthesizer(
-    model: common_pb2.ModelSource, parameters: SynthesisParameters, store: ArtifactStore, threads: int, limits: Reading
+    model: common_pb2.ModelSource,
+    parameters: SynthesisParameters,
+    store: ArtifactStore,
+    threads: int,
+    limits: Reading,
+    *,
+    bfloat16: bool = False,
 ) -> tuple[Synthesizer, dict[str, Any]]:
     """Load the teacher under limits and begin a training; also return what the training depends on, for its states.
 
@@ -32,7 +38,13 @@ def create_synthesizer(
     with reading_of(limits, store, "model.artifact", model.artifact):
         teacher = load_model(model, store)
     synthesizer = Synthesizer(
-        teacher.module, teacher.input_shape, teacher.num_classes, parameters, device, teacher.pixel_range
+        teacher.module,
+        teacher.input_shape,
+        teacher.num_classes,
+        parameters,
+        device,
+        teacher.pixel_range,
+        bfloat16=bfloat16,
     )
     belongs_to = {
         "model": model.artifact.digest,

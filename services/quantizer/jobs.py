@@ -94,7 +94,9 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
     source = _open_source(request, training, images, context, device, checkpoint.generator)
     try:
         flat = FlatAreas.suiting(training, source, model.pixel_range)
-        trainer = Trainer(student, training, losses, source, teacher if training.feature_weight else None, flat)
+        followed = teacher if training.feature_weight else None
+        narrow = context.settings.bfloat16 and not quantization.deployable
+        trainer = Trainer(student, training, losses, source, followed, flat, bfloat16=narrow)
         if checkpoint.tensors:
             trainer.load_state(checkpoint.tensors, checkpoint.iteration)
         with further_ranks(trainer, request, context, device):

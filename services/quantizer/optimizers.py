@@ -72,6 +72,7 @@ def optimizer_for(student: nn.Module, training: Training) -> torch.optim.Optimiz
             momentum=training.momentum,
             weight_decay=training.weight_decay,
             nesterov=training.momentum > 0,
+            fused=True,
         )
     groups = [
         {"params": weights, "initial_lr": training.rate_of_weights, "weight_decay": training.weight_decay},

@@ -226,7 +226,9 @@ def train(start: RankStart, request: quantizer_pb2.StartQuantizeRequest) -> None
     student = build_student(model.module, quantization, model.pixel_range).to(device)
     teacher = no_grad_copy(model.module).to(device) if training.feature_weight else None
     source = _Received(bool(training.co_train))
-    trainer = Trainer(student, training, GeneratorLosses.from_proto(request.generator), source, teacher)
+    narrow = settings.bfloat16 and not quantization.deployable
+    losses = GeneratorLosses.from_proto(request.generator)
+    trainer = Trainer(student, training, losses, source, teacher, bfloat16=narrow)
     trainer.load_state(load_file(start.state), start.iteration)
     store = TCPStore("127.0.0.1", start.port, start.size, is_master=False, timeout=_PATIENCE)
     store.set(f"ready{start.rank}", "")

@@ -33,3 +33,8 @@ class QuantizerSettings(ServerSettings):
         description="Processes that train a student together, each on its part of a batch and on a GPU of its own; on "
         "a CPU they share its cores.",
     )
+    bfloat16: bool = Field(
+        default=False,
+        description="Whether layers of simulated students compute in bfloat16 while they are trained. Faster on a CPU "
+        "that has instructions for it (AVX512_BF16, AMX).",
+    )

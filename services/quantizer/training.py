@@ -61,6 +61,7 @@ class Trainer:
         teacher: Frozen copy of the float model on the student's device, whose features the student is to follow with
             the weight ``training.feature_weight``; None without feature distillation.
         flat: Gives images flat areas, about which the teacher is then asked; None leaves them as they are.
+        bfloat16: Whether the student's layers compute in bfloat16; its weights, their gradients and losses never do.
 
     Raises:
         ValueError: flat areas without a teacher, or for a generator, whose gradients belong to its own images.
@@ -74,11 +75,13 @@ class Trainer:
         source: BatchSource,
         teacher: fx.GraphModule | None = None,
         flat: FlatAreas | None = None,
+        bfloat16: bool = False,
     ) -> None:
         if flat is not None and (teacher is None or source.wants_gradients):
             raise ValueError("flat areas need a teacher, and a source that wants no gradients")
         self.student = student
         self._run = fuse_blocks(student, _own_bits)
+        self._bfloat16 = bfloat16
         self.training = training
         self.losses = losses
         self.source = source
@@ -124,7 +127,8 @@ class Trainer:
         if self._teacher is not None and learns:
             with torch.no_grad():
                 logits = self._teacher(images)
-        student = self._run(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bfloat16):
+            student = self._run(images).float()
         self._latest = student.detach(), logits
         generator = torch.zeros(())
         if self.source.wants_gradients:

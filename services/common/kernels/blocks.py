@@ -5,7 +5,9 @@ import operator
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from services.common.kernels.norms import Activation, fused, serves
 
@@ -44,6 +46,47 @@ class _Block(nn.Module):
         return results[0] if self._copies == 1 else tuple(results)
 
 
+class _FrozenConv2d(nn.Module):
+    """A convolution whose parameters get no gradient, so that nobody needs its input once it has run."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self._conv = (conv,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution's output."""
+        (conv,) = self._conv
+        weight, bias = conv.weight, conv.bias
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            narrow = torch.get_autocast_dtype(kind)
+            x, weight, bias = x.to(narrow), weight.to(narrow), None if bias is None else bias.to(narrow)
+        arguments = conv.stride, conv.padding, conv.dilation, conv.groups
+        result: Tensor = _InputAlone.apply(x, weight, bias, *arguments)
+        return result
+
+
+class _InputAlone(torch.autograd.Function):
+    """PyTorch's convolution keeps its input even where only the gradient by the input is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.like = x.shape, arguments
+        return F.conv2d(x, weight, bias, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        shape, (stride, padding, dilation, groups) = ctx.like
+        # Its values are not read, only its shape and layout.
+        x = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+        gradient, _, _ = torch.ops.aten.convolution_backward(
+            *(grads[0], x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+        )
+        return gradient, *[None] * 6
+
+
 def fuse_blocks(
     model: fx.GraphModule,
     bits_of: Callable[[nn.Module], int | None] = lambda module: None,
@@ -51,9 +94,10 @@ def fuse_blocks(
 ) -> fx.GraphModule:
     """Return a graph that computes what ``model`` does with its modules, in fewer passes over memory.
 
-    Modules are shared: parameters, buffers and hooks of ``model`` stay where they are, and hold for both. What matches
-    no block is called as it was. In float32 results are the same bit for bit on a processor that PyTorch's BatchNorm
-    multiplies and adds in one instruction on; gradients differ in the order of sums.
+    Modules are shared: parameters, buffers and hooks of ``model`` stay where they are, and hold for both; hooks of
+    convolutions whose parameters get no gradient are not called. What matches no block is called as it was. Results
+    in float32 are the same bit for bit where PyTorch's BatchNorm multiplies and adds in one instruction; gradients
+    differ in the order of sums.
 
     Args:
         model: A module-level graph.
@@ -62,6 +106,11 @@ def fuse_blocks(
             pre-hooks of those layers are not called.
     """
     view = fx.GraphModule(model, copy.deepcopy(model.graph))
+    for node in view.graph.nodes:
+        conv = _module(view, node)
+        if type(conv) is nn.Conv2d and _is_frozen(conv):
+            view.add_submodule(f"frozen_{node.name}", _FrozenConv2d(conv))
+            node.target = f"frozen_{node.name}"
     for node in list(view.graph.nodes):
         if type(_module(view, node)) not in _CAPS:
             continue
@@ -98,6 +147,11 @@ def fuse_blocks(
 def _module(graph_module: fx.GraphModule, node: Any) -> nn.Module | None:
     is_call = isinstance(node, fx.Node) and node.op == "call_module"
     return graph_module.get_submodule(str(node.target)) if is_call else None
+
+
+def _is_frozen(conv: nn.Conv2d) -> bool:
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return plain and not any(parameter.requires_grad for parameter in conv.parameters())
 
 
 def _branches(view: fx.GraphModule, relu: fx.Node) -> tuple[list[fx.Node], list[nn.BatchNorm2d]] | None:

@@ -199,12 +199,6 @@ void origin_of(const Branch &branch, int64_t rows, int64_t channels, float *orig
             origin[c] += load(static_cast<const T *>(branch.x) + r * channels + c) / float(few);
 }
 
-// Adds up the parts of `sums`, `lines` × C each, into the first.
-void reduce(double *sums, int64_t count, int64_t size) {
-    for (int64_t part = 1; part < count; part++)
-        for (int64_t i = 0; i < size; i++) sums[i] += sums[part * size + i];
-}
-
 void moments(const Branch &branch, const double *sums, const float *origin, int64_t rows, int64_t channels) {
     for (int64_t c = 0; c < channels; c++) {
         const double offset = sums[c] / double(rows), square = sums[channels + c] / double(rows) - offset * offset;
@@ -214,7 +208,7 @@ void moments(const Branch &branch, const double *sums, const float *origin, int6
 }
 
 template <class T>
-bool forward(const Branch &one, const Branch &two, T *y, double *sums, int64_t samples, int64_t pixels,
+bool forward(const Branch &one, const Branch &two, T *y, float *origins, int64_t samples, int64_t pixels,
              int64_t channels, float cap, int bits, int threads) {
     const int64_t rows = samples * pixels, size = rows_of_part(channels), count = parts(rows, size);
     bool finite = true;
@@ -224,33 +218,33 @@ bool forward(const Branch &one, const Branch &two, T *y, double *sums, int64_t s
             finite &= quantize_part(one, two, y, i * pixels * channels, pixels, channels, cap, bits);
         return finite;
     }
-    float *origins = reinterpret_cast<float *>(sums + count * 4 * channels);
-    memset(sums, 0, sizeof(double) * count * 4 * channels);
+    Sums sums(count, 4 * channels);
     origin_of<T>(one, rows, channels, origins);
     if (kind_of(two) == AFFINE) origin_of<T>(two, rows, channels, origins + channels);
 #pragma omp parallel for num_threads(threads) if (rows * channels >= GRAIN)
     for (int64_t i = 0; i < count; i++)
-        pass_part(one, two, y, i * size * channels, rest(i, size, rows), channels, cap, sums + i * 4 * channels,
-                  origins);
-    reduce(sums, count, 4 * channels);
-    moments(one, sums, origins, rows, channels);
-    if (kind_of(two) == AFFINE) moments(two, sums + 2 * channels, origins + channels, rows, channels);
+        pass_part(one, two, y, i * size * channels, rest(i, size, rows), channels, cap, sums.part(i), origins);
+    sums.add_up();
+    moments(one, sums.at, origins, rows, channels);
+    if (kind_of(two) == AFFINE) moments(two, sums.at + 2 * channels, origins + channels, rows, channels);
     return finite;
 }
 
 template <class T>
-void backward(const Branch &one, const Branch &two, const T *g, const T *h, double *sums, int64_t rows,
+void backward(const Branch &one, const Branch &two, const T *g, const T *h, float *affine, int64_t rows,
               int64_t channels, float cap, int threads) {
     const int64_t size = rows_of_part(channels), count = parts(rows, size);
-    memset(sums, 0, sizeof(double) * count * 3 * channels);
+    Sums sums(count, 3 * channels);
 #pragma omp parallel for num_threads(threads) if (rows * channels >= GRAIN)
     for (int64_t i = 0; i < count; i++)
         differentiate_part(one, two, g, h, i * size * channels, rest(i, size, rows), channels, rows, cap,
-                           sums + i * 3 * channels);
-    reduce(sums, count, 3 * channels);
+                           sums.part(i));
+    if (!affine) return;
+    sums.add_up();
     for (int64_t c = 0; c < channels; c++) {
-        sums[channels + c] *= one.inverse[c];
-        if (kind_of(two) == AFFINE) sums[2 * channels + c] *= two.inverse[c];
+        affine[c] = float(sums.at[c]);
+        affine[channels + c] = float(sums.at[channels + c] * one.inverse[c]);
+        affine[2 * channels + c] = float(sums.at[2 * channels + c] * (two.inverse ? two.inverse[c] : 0));
     }
 }
 
@@ -267,25 +261,21 @@ int granq_norms_serve() {
 #endif
 }
 
-// Doubles that the kernels need to sum in.
-int64_t granq_norms_scratch(int64_t rows, int64_t channels) {
-    return (parts(rows, rows_of_part(channels)) * 4 + 1) * channels;
-}
-
-// With bits 0 nothing is quantized, and the batch's statistics are worked out. Returns whether all ranges are finite.
+// With bits 0 nothing is quantized, and the batch's statistics are worked out, for which `origins` has room for two
+// lines of C. Returns whether all ranges are finite.
 #define FORWARD(NAME, T)                                                                                          \
-    int NAME(const Branch *one, const Branch *two, T *y, double *scratch, int64_t samples, int64_t pixels,       \
+    int NAME(const Branch *one, const Branch *two, T *y, float *origins, int64_t samples, int64_t pixels,       \
              int64_t channels, float cap, int bits, int threads) {                                               \
-        return forward(*one, *two, y, scratch, samples, pixels, channels, cap, bits, threads);                   \
+        return forward(*one, *two, y, origins, samples, pixels, channels, cap, bits, threads);                   \
     }
 FORWARD(granq_norms_forward_float32, float)
 FORWARD(granq_norms_forward_bfloat16, bfloat16)
 
-// `g` and, unless null, `h` are gradients by y. Those by bias, weight and second weight begin `scratch`, C each.
+// `g` and, unless null, `h` are gradients by y. Those by bias, weight and second weight go to `affine`, C each, or null.
 #define BACKWARD(NAME, T)                                                                                         \
-    void NAME(const Branch *one, const Branch *two, const T *g, const T *h, double *scratch, int64_t rows,       \
+    void NAME(const Branch *one, const Branch *two, const T *g, const T *h, float *affine, int64_t rows,       \
               int64_t channels, float cap, int threads) {                                                        \
-        backward(*one, *two, g, h, scratch, rows, channels, cap, threads);                                       \
+        backward(*one, *two, g, h, affine, rows, channels, cap, threads);                                       \
     }
 BACKWARD(granq_norms_backward_float32, float)
 BACKWARD(granq_norms_backward_bfloat16, bfloat16)

@@ -30,7 +30,6 @@ _FORWARD: Final[Signature] = ([*_BRANCHES, *[_POINTER] * 2, *[_INT64] * 3, _FLOA
 _BACKWARD: Final[Signature] = ([*_BRANCHES, *[_POINTER] * 3, *[_INT64] * 2, _FLOAT, _INT], None)
 _SIGNATURES: Final[dict[str, Signature]] = {
     "granq_norms_serve": ([], _INT),
-    "granq_norms_scratch": ([_INT64] * 2, _INT64),
     "granq_norms_forward_float32": _FORWARD,
     "granq_norms_forward_bfloat16": _FORWARD,
     "granq_norms_backward_float32": _BACKWARD,
@@ -131,7 +130,7 @@ class _Fused(torch.autograd.Function):
         native: Any = library()
         samples, channels, height, width = x.shape
         y = torch.empty_like(x)
-        scratch = torch.empty(native.granq_norms_scratch(samples * height * width, channels), dtype=torch.float64)
+        origins = torch.empty(2, channels)
         moments: list[Tensor] = []
         if not activation.bits:
             moments = [torch.empty(channels) for _ in range(4 if affines[4] is not None else 2)]
@@ -142,7 +141,7 @@ class _Fused(torch.autograd.Function):
             native.granq_norms_forward_float32 if x.dtype is torch.float32 else native.granq_norms_forward_bfloat16
         )
         finite = function(
-            *(one, two, y.data_ptr(), scratch.data_ptr(), samples, height * width, channels),
+            *(one, two, y.data_ptr(), origins.data_ptr(), samples, height * width, channels),
             *(activation.cap, activation.bits, torch.get_num_threads()),
         )
         if not finite:
@@ -164,7 +163,7 @@ class _Fused(torch.autograd.Function):
             given = [torch.zeros_like(x)]
         by_moments = [torch.zeros(channels) if grad is None else grad.contiguous() for grad in grads[ctx.copies :]]
         by_x, by_s = torch.empty_like(x), None if s is None else torch.empty_like(s)
-        scratch = torch.empty(native.granq_norms_scratch(rows, channels), dtype=torch.float64)
+        sums = torch.empty(3, channels) if any(ctx.needs_input_grad[4:]) else None
 
         def branch(index: int, tensor: Tensor | None, gradient: Tensor | None) -> _Branch:
             frozen = _at(*affines[4 * index : 4 * index + 4])
@@ -179,13 +178,15 @@ class _Fused(torch.autograd.Function):
         )
         function(
             *(branch(0, x, by_x), branch(1, s, by_s), *_at(given[0], given[1] if len(given) > 1 else None)),
-            *(scratch.data_ptr(), rows, channels, ctx.activation.cap, torch.get_num_threads()),
+            *(*_at(sums), rows, channels, ctx.activation.cap, torch.get_num_threads()),
         )
-        by_bias, by_weight, by_second = scratch[: 3 * channels].view(3, channels).float()
+        by_bias, by_weight, by_second = (None, None, None) if sums is None else sums
         second = (by_second, by_bias) if affines[4] is not None else (None, None)
         return by_x, by_s, None, None, None, None, by_weight, by_bias, None, None, *second
 
 
 def _like(gradient: Tensor, x: Tensor) -> Tensor:
     """Return a gradient in the type and layout that the kernel reads."""
+    if gradient.dtype is x.dtype and gradient.is_contiguous(memory_format=torch.channels_last):
+        return gradient
     return gradient.to(x.dtype).contiguous(memory_format=torch.channels_last)

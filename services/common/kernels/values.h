@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define INLINE static inline __attribute__((always_inline))
@@ -67,5 +68,24 @@ INLINE int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / 
 INLINE int64_t rest(int64_t part, int64_t size, int64_t count) {  // size of a part, the last of which is shorter
     return (part + 1) * size <= count ? size : count - part * size;
 }
+
+// Sums of which each task has a part, `size` values, so that their order does not depend on the threads.
+struct Sums {
+    double *at;
+    int64_t count, size;
+
+    Sums(int64_t count_, int64_t size_) : count(count_), size(size_) {
+        at = static_cast<double *>(calloc(count * size, sizeof(double)));
+        if (!at) abort();
+    }
+    ~Sums() { free(at); }
+    Sums(const Sums &) = delete;
+
+    double *part(int64_t i) { return at + i * size; }
+    void add_up() {  // into the first
+        for (int64_t i = 1; i < count; i++)
+            for (int64_t j = 0; j < size; j++) at[j] += part(i)[j];
+    }
+};
 
 }  // namespace

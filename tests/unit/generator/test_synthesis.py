@@ -13,9 +13,9 @@ from tests.support.models import Residual, captured
 SHAPE = (3, 8, 8)
 
 
-def _synthesizer(seed: int = 3, beta: float = 1.0, gamma: float = 1.0) -> Synthesizer:
+def _synthesizer(seed: int = 3, beta: float = 1.0, gamma: float = 1.0, bfloat16: bool = False) -> Synthesizer:
     given = SynthesisParameters(batch_size=6, seed=seed, beta=beta, gamma=gamma)
-    return Synthesizer(captured(Residual(), SHAPE), SHAPE, 10, given, torch.device("cpu"))
+    return Synthesizer(captured(Residual(), SHAPE), SHAPE, 10, given, torch.device("cpu"), bfloat16=bfloat16)
 
 
 def _step(synthesizer: Synthesizer) -> None:
@@ -144,3 +144,13 @@ def test_bounds_hold_where_pixels_are_known_unless_the_request_says_otherwise() 
 
     assert largest(True) <= 0.5 < largest(False)
     assert SynthesisParameters.of(common_pb2.GeneratorConfig(), 6, 3).bounded
+
+
+def test_bfloat16_stays_within_the_layers() -> None:
+    wide, narrow = _synthesizer(), _synthesizer(bfloat16=True)
+    one, other = wide.draw(), narrow.draw()
+    assert {t.dtype for t in (other.images, other.logits, other.bn_loss)} == {torch.float32}
+    assert 0 < float((other.images - one.images).square().mean()) < 1e-3
+    assert float(other.bn_loss) == pytest.approx(float(one.bn_loss), rel=0.05)
+    narrow.step(other.images * 0.01, other.logits * 0.01)
+    assert all(tensor.dtype is not torch.bfloat16 for tensor in narrow.state().values())

@@ -12,10 +12,11 @@ from services.common.kernels import blocks, norms
 from services.common.kernels.blocks import fuse_blocks
 from services.common.models.cifar_resnet import resnet20
 from services.generator.bn_statistics import BatchNormStatistics
-from services.quantizer.config import ActivationGranularity, Quantization
+from services.quantizer.batches import Batch, ReplaySource
+from services.quantizer.config import ActivationGranularity, GeneratorLosses, Quantization, Training
 from services.quantizer.features import keep_output
 from services.quantizer.student import build_student, no_grad_copy
-from services.quantizer.training import _own_bits
+from services.quantizer.training import Trainer, _own_bits
 from tests.support.models import Bottleneck, Residual, captured
 
 torch.set_num_threads(1)
@@ -120,3 +121,45 @@ def test_an_installation_without_a_compiler_computes_the_same(monkeypatch: pytes
     logits = view(x)
     monkeypatch.setattr(norms, "library", lambda: None)
     assert torch.equal(view(x), logits)
+
+
+def kept_bytes(run: nn.Module, x: Tensor, model: nn.Module) -> int:
+    """Return the size of all that autograd keeps of a forward pass beside the parameters and the images."""
+    known = {t.data_ptr() for t in (x, *model.state_dict().values())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in known:
+            kept[tensor.data_ptr()] = tensor  # and so nothing else takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_less_is_kept_for_the_gradients() -> None:
+    model, x = captured(resnet20(), SHAPE), images(16)
+    student, teacher = build_student(model, QUANTIZATION), no_grad_copy(model)
+    # Of a student: what each convolution reads and gives, and its quantized weight. Of a teacher: what each gives, and
+    # the shortcuts.
+    assert kept_bytes(fuse_blocks(student, _own_bits), x, student) < 0.72 * kept_bytes(student, x, student)
+    assert kept_bytes(fuse_blocks(teacher), x, teacher) < 0.8 * kept_bytes(teacher, x, teacher)
+
+
+def test_bfloat16_stays_within_the_layers() -> None:
+    model = captured(resnet20(), SHAPE)
+    data = Batch(images(8).detach(), torch.zeros(8, dtype=torch.int64), torch.zeros(8, 10))
+    training = Training(co_train=False, learning_rate=0.01, epochs=1, iterations_per_epoch=2, batch_size=8, seed=0)
+    found = []
+    for bfloat16 in (False, True):
+        student = build_student(model, QUANTIZATION)
+        source = ReplaySource(data, 8, 0, torch.device("cpu"))
+        trainer = Trainer(student, training, GeneratorLosses(), source, bfloat16=bfloat16)
+        loss, _ = trainer.step()
+        assert loss.dtype is torch.float32
+        assert all(p.dtype is torch.float32 and p.grad is not None for p in student.parameters())
+        found.append((float(loss), torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])))
+    assert found[0][0] != found[1][0]
+    assert found[1][0] == pytest.approx(found[0][0], rel=0.05)
+    assert torch.cosine_similarity(found[0][1], found[1][1], 0) > 0.9
