@@ -89,7 +89,7 @@ def compile_kernels(root: Path) -> bool:
     A machine without a C++ compiler gets none, and the services compute the same in plain PyTorch, more slowly.
     """
     header = root / "services" / "common" / "kernels" / "values.h"
-    sources = [header.with_name("norms.cpp"), root / "services" / "quantizer" / "kernels" / "cpu.cpp"]
+    sources = sorted(root.glob("services/*/kernels/*.cpp"))
     # Named by its source, so that a library of other source is never loaded.
     missing = {}
     for source in sources:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.generator.bn_statistics import BatchNormStatistics
-from services.generator.networks import LATENT, ConditionalGenerator, UpsampledConv2d
+from services.generator.networks import LATENT, ConditionalBatchNorm2d, ConditionalGenerator, UpsampledConv2d
 from services.quantizer.config import GeneratorLosses, Training
 from services.quantizer.losses import generator_loss, student_loss
 
@@ -115,6 +115,23 @@ class _EnlargedConv2d(nn.Module):
         return result
 
 
+class _Norm(nn.Module):
+    """BatchNorm over the batch, scale and shift, which may be each sample's, and leaky ReLU, one after the other."""
+
+    def __init__(self, like: nn.Module, slope: float) -> None:
+        super().__init__()
+        self.like, self.slope = like, slope
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Return the activation."""
+        like = self.like
+        if isinstance(like, ConditionalBatchNorm2d):
+            x = like.norm(x) * like.scale(labels)[:, :, None, None] + like.shift(labels)[:, :, None, None]
+        elif isinstance(like, nn.BatchNorm2d):
+            x = nn.BatchNorm2d.forward(like, x)
+        return F.leaky_relu(x, self.slope) if self.slope < 1 else x
+
+
 class PublishedIteration:
     """Joint training of a generator and a student, an iteration at a time.
 
@@ -149,6 +166,8 @@ class PublishedIteration:
             if not isinstance(convolution, UpsampledConv2d):
                 raise TypeError(f"{name} is a {type(convolution).__name__}")
             setattr(self._generator, name, _EnlargedConv2d(convolution))
+        for name, slope in (("norm0", 1.0), ("norm1", 0.2), ("norm2", 0.2)):
+            setattr(self._generator, name, _Norm(self._generator.get_submodule(name), slope))
         self._generator.to(device).train()
         self._random = torch.Generator().manual_seed(training.seed)
         self._steps_generator = torch.optim.Adam(self._generator.parameters(), lr=1e-3, betas=(0.5, 0.999))

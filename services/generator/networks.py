@@ -7,35 +7,49 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from services.generator.kernels.batch_norm import normalized, serves
+
 LATENT: Final = 100
 # With more, the product of embedding and noise says too little about the class, and BatchNorm is conditional instead.
 MAX_EMBEDDED_CLASSES: Final = 200
 # The published networks pass 0.8 as BatchNorm's second argument, which is its epsilon.
 _EPSILON: Final = 0.8
+_SLOPE: Final = 0.2  # of the leaky ReLU behind all but the first
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """BatchNorm2d whose scale and shift are those of each sample's class, N×C×H×W → N×C×H×W."""
+    """BatchNorm2d whose scale and shift are those of each sample's class, and leaky ReLU, N×C×H×W → N×C×H×W."""
 
-    def __init__(self, channels: int, num_classes: int, eps: float) -> None:
+    def __init__(self, channels: int, num_classes: int, eps: float, slope: float = 1.0) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, eps=eps, affine=False)
         self.scale = nn.Embedding(num_classes, channels)
         self.shift = nn.Embedding(num_classes, channels)
+        self.slope = slope
         nn.init.ones_(self.scale.weight)
         nn.init.zeros_(self.shift.weight)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Normalize over the batch, then scale and shift by class."""
-        scale, shift = (of(labels)[:, :, None, None].to(x.dtype) for of in (self.scale, self.shift))
-        result: torch.Tensor = self.norm(x) * scale + shift
-        return result
+        scale, shift = self.scale(labels), self.shift(labels)
+        if self.norm.training and serves(x):
+            return normalized(x, self.norm, scale, shift, self.slope)
+        scale, shift = (of[:, :, None, None].to(x.dtype) for of in (scale, shift))
+        return F.leaky_relu(self.norm(x) * scale + shift, self.slope)
 
 
 class _PlainBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d with leaky ReLU."""
+
+    def __init__(self, channels: int, eps: float, slope: float) -> None:
+        super().__init__(channels, eps=eps)
+        self.slope = slope
+
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Normalize; the labels say nothing here."""
-        return super().forward(input)
+        if self.training and serves(input):
+            return normalized(input, self, self.weight, self.bias, self.slope)
+        return F.leaky_relu(super().forward(input), self.slope)
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -100,18 +114,18 @@ class ConditionalGenerator(nn.Module):
         self._sizes = [(math.ceil(height / d), math.ceil(width / d)) for d in (4, 2, 1)]
         self.conditional = num_classes > MAX_EMBEDDED_CLASSES
 
-        def norm(features: int, eps: float) -> nn.Module:
+        def norm(features: int, eps: float, slope: float) -> nn.Module:
             if self.conditional:
-                return ConditionalBatchNorm2d(features, num_classes, eps)
-            return _PlainBatchNorm2d(features, eps=eps)
+                return ConditionalBatchNorm2d(features, num_classes, eps, slope)
+            return _PlainBatchNorm2d(features, eps, slope)
 
         self.embedding = None if self.conditional else nn.Embedding(num_classes, LATENT)
         self.project = nn.Linear(LATENT, 128 * self._sizes[0][0] * self._sizes[0][1])
-        self.norm0 = norm(128, 1e-5)
+        self.norm0 = norm(128, 1e-5, 1.0)
         self.conv1 = UpsampledConv2d(128, 128)
-        self.norm1 = norm(128, _EPSILON)
+        self.norm1 = norm(128, _EPSILON, _SLOPE)
         self.conv2 = UpsampledConv2d(128, 64)
-        self.norm2 = norm(64, _EPSILON)
+        self.norm2 = norm(64, _EPSILON, _SLOPE)
         self.conv3 = nn.Conv2d(64, channels, 3, padding=1)
         self.output: nn.Module = nn.BatchNorm2d(channels, affine=False) if pixel_range is None else Pixels(*pixel_range)
 
@@ -123,10 +137,8 @@ class ConditionalGenerator(nn.Module):
         # What convolutions are fastest in; all that follows keeps it, the teacher and the student too.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(self.norm0(x, labels), self._sizes[1])
-        # In place, since the gradient needs what came before BatchNorm and what comes out here, and nothing between.
-        x = F.leaky_relu(self.norm1(x, labels), 0.2, inplace=True)
-        x = self.conv2(x, self._sizes[2])
-        x = F.leaky_relu(self.norm2(x, labels), 0.2, inplace=True)
+        x = self.conv2(self.norm1(x, labels), self._sizes[2])
+        x = self.norm2(x, labels)
         # Whatever the layers compute in, images are float32.
         images: torch.Tensor = self.output(torch.tanh(self.conv3(x).float()))
         return images
