@@ -3,18 +3,21 @@
     python -m benchmarks.speed fake-quant --threads 1
     python -m benchmarks.speed iteration --network resnet20 --batch 16
     python -m benchmarks.speed growth
+    python -m benchmarks.speed narrow --model m.pt2 --data /usr/share/datasets/fashion-mnist
 
 A machine that others use too is better asked for the processor time of the one computing thread: ``--clock cpu``.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks.accuracy.options import Channels, Data, Limit, Mean, Model, Pad, Seeds, Std, open_bench
 from benchmarks.results_table import Table
-from benchmarks.speed import fake_quant, iteration
+from benchmarks.speed import fake_quant, iteration, narrow
 from benchmarks.speed.timing import clock_of, keep_freed_memory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -64,8 +67,8 @@ def iteration_table(
     where, note = _prepare(threads, clock, device)
     table = Table(out, "Iteration of joint training", iteration.COLUMNS, (note, *iteration.NOTES))
     for name in network or iteration.NETWORKS:
-        for narrow in (False, True) if bfloat16 else (False,):
-            row = iteration.row(name, batch, runs, clock_of(clock, where), where, memory=memory, bfloat16=narrow)
+        for own in (False, True) if bfloat16 else (False,):
+            row = iteration.row(name, batch, runs, clock_of(clock, where), where, memory=memory, bfloat16=own)
             table.add(*row)
 
 
@@ -78,6 +81,33 @@ def growth_table(
     table = Table(out, "Growth of an iteration of joint training", iteration.GROWTH_COLUMNS, (note,))
     for name, batch, side in iteration.GROWTH:
         table.add(*iteration.growth_row(name, batch, side, runs, clock_of(clock, where), where))
+
+
+@app.command("narrow")
+def narrow_table(
+    model: Model,
+    data: Data,
+    case: Annotated[list[str] | None, typer.Option(help="bits@epochs, warm-up of 4 included; repeatable.")] = None,
+    seeds: Seeds = "0,1,2",
+    mean: Mean = 0.2860,
+    std: Std = 0.3530,
+    pad: Pad = 2,
+    channels: Channels = 3,
+    limit: Limit = 0,
+    threads: Threads = 1,
+    out: Out = None,
+) -> None:
+    """Accuracy after training with layers in float32 and in bfloat16."""
+    _, note = _prepare(threads, "wall", "cpu")
+    with TemporaryDirectory() as folder:
+        bench = open_bench(model, data, mean, std, pad, channels, limit, folder, bounded=False)
+        table = Table(out, "Training in bfloat16: accuracy", narrow.COLUMNS, (note, *narrow.notes(bench)))
+        settings = [text.partition("@") for text in case or ["4@6"]]
+        cases = [
+            narrow.Case(int(bits), int(epochs), int(seed)) for bits, _, epochs in settings for seed in seeds.split(",")
+        ]
+        for row in narrow.rows(bench, cases):
+            table.add(*row)
 
 
 if __name__ == "__main__":
