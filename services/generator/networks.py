@@ -69,10 +69,12 @@ class UpsampledConv2d(nn.Conv2d):
         if size is not None and size != doubled:
             return super().forward(F.interpolate(input, size=size))
         # Each slice is convolved with the 2×2 ones, an axis at a time.
-        rows = self.weight.flip(2, 3)
+        rows = self.weight.transpose(0, 1).flip(2, 3)
         rows = F.pad(rows, (0, 0, 0, 1)) + F.pad(rows, (0, 0, 1, 0))
         kernel = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))
-        return F.conv_transpose2d(input, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+        # As the convolution wants it, which would make a copy of its own for each of its three uses.
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(input, kernel, self.bias, stride=2, padding=1)
 
 
 class Pixels(nn.Module):

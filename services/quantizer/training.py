@@ -80,7 +80,6 @@ class Trainer:
         if flat is not None and (teacher is None or source.wants_gradients):
             raise ValueError("flat areas need a teacher, and a source that wants no gradients")
         self.student = student
-        self._run = fuse_blocks(student, _own_bits)
         self._bfloat16 = bfloat16
         self.training = training
         self.losses = losses
@@ -90,6 +89,7 @@ class Trainer:
         self.curve = LossCurve(training.iterations)
         self._epoch = torch.zeros(2, dtype=torch.float64)  # sum and count of L_S in the last epoch
         self._optimizer = optimizer_for(student, training)
+        self._run = fuse_blocks(student, _own_bits)
         self._teacher = teacher
         self._flat = flat
         self._latest: tuple[Tensor, Tensor] | None = None
