@@ -20,12 +20,14 @@ Listener = Callable[[nn.BatchNorm2d, Tensor, Tensor], None]
 class _Block(nn.Module):
     """The modules of a block, fused where that can be; they belong to the network and are no submodules of this."""
 
-    def __init__(self, norms: list[nn.BatchNorm2d], tail: list[nn.Module], bits: int, copies: int) -> None:
+    def __init__(
+        self, norms: list[nn.BatchNorm2d], tail: list[nn.Module], bits: int, copies: int, listener: Listener | None
+    ) -> None:
         super().__init__()
         self._parts = (norms, tail)
         self._activation = Activation(_CAPS[type(tail[0])], bits)
         self._copies = copies
-        self._listener: Listener | None = None
+        self._listener = listener
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Return the block's output, twice where it has two readers."""
@@ -126,10 +128,8 @@ def fuse_blocks(
             end = node if bits is None else user
         tail = [view.get_submodule(str(n.target)) for n in ([node] if end is node else [node, end])]
         readers = list(end.users)
-        block = _Block(norms, tail, bits or 0, 2 if len(readers) == 2 else 1)
-        block._listener = listener
         name = f"fused_{node.name}"
-        view.add_submodule(name, block)
+        view.add_submodule(name, _Block(norms, tail, bits or 0, 2 if len(readers) == 2 else 1, listener))
         with view.graph.inserting_after(end):
             call = view.graph.call_module(name, tuple(inputs))
         if len(readers) == 2:
