@@ -139,6 +139,8 @@ def synthesis_config(
     seed: int | None = None,
     checkpoint_interval: int | None = None,
     generator: common_pb2.GeneratorConfig | None = None,
+    refined_share: float | None = None,
+    refinement_steps: int | None = None,
 ) -> common_pb2.SynthesisConfig:
     """Choose how the synthetic images are made."""
     return common_pb2.SynthesisConfig(
@@ -148,6 +150,8 @@ def synthesis_config(
         seed=seed,
         checkpoint_interval=checkpoint_interval,
         generator=generator,
+        refined_share=refined_share,
+        refinement_steps=refinement_steps,
     )
 
 

@@ -21,7 +21,7 @@ from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.evaluator.graph import load_graph
 from services.evaluator.onnx_runtime import OnnxModel
 from services.generator.synthesis import SynthesisParameters, Synthesizer
-from services.generator.synthetic_set import drawn_set
+from services.generator.synthetic_set import REFINED_SHARE, REFINEMENT_STEPS, SetPlan, batches_of
 from services.quantizer.batches import Batch, BatchSource, ReplaySource
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import GeneratorLosses, Quantization, Training
@@ -145,13 +145,23 @@ class Bench:
             self.model.pixel_range if bounded else None,
         )
 
-    def synthesize(self, iterations: int, count: int, batch_size: int, seed: int, *, bounded: bool = True) -> Batch:
-        """Train a generator alone and draw a set from it, as the Synthesize job does."""
+    def synthesize(
+        self,
+        iterations: int,
+        count: int,
+        batch_size: int,
+        seed: int,
+        *,
+        bounded: bool = True,
+        refined: float = REFINED_SHARE,
+        steps: int = REFINEMENT_STEPS,
+    ) -> Batch:
+        """Train a generator alone and make a set with it, as the Synthesize job does."""
         synthesizer = self.synthesizer(batch_size, seed, bounded=bounded)
         for _ in range(iterations):
             synthesizer.draw()
             synthesizer.step_alone()
-        parts = list(drawn_set(synthesizer, count))
+        parts = list(batches_of(synthesizer, SetPlan.of(count, refined, steps), lambda: None))
         return Batch(*(torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels", "logits")))
 
     def student(self, quantization: Quantization, images: Tensor) -> fx.GraphModule:

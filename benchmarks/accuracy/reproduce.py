@@ -65,7 +65,7 @@ def reproduce(bench: Bench, settings: Sequence[Setting], seeds: Sequence[int], o
                 seed=seed,
             )
             synthesizer = bench.synthesizer(16, seed, bounded=False)
-            first = bench.synthesize(0, 512, 16, seed, bounded=False).images
+            first = bench.synthesize(0, 512, 16, seed, bounded=False, refined=0).images
             student = bench.student(quantization, first)
             before.append(bench.top1(bench.simulated(student)))
             seconds.append(bench.train(student, quantization, training, JointSource(synthesizer)))

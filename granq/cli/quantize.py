@@ -89,6 +89,9 @@ def quantize(
         int | None, typer.Option(help="Generator steps before images are drawn.", rich_help_panel=TRAIN)
     ] = None,
     images: Annotated[int | None, typer.Option(help="Synthetic images to make.", rich_help_panel=TRAIN)] = None,
+    refined_share: Annotated[
+        float | None, typer.Option(help="Of the images, to refine by themselves, 0 to 1.", rich_help_panel=TRAIN)
+    ] = None,
     dataset: Annotated[
         str, typer.Option(help="Path below the server's dataset root, or a local .npz.", rich_help_panel=DATA)
     ] = "",
@@ -184,7 +187,9 @@ def quantize(
             source,
             quantization=quantization,
             training=training,
-            synthesis=specs.synthesis_config(num_images=images, iterations=synthesis_iterations, seed=seed),
+            synthesis=specs.synthesis_config(
+                num_images=images, iterations=synthesis_iterations, seed=seed, refined_share=refined_share
+            ),
             engines=engines,
             dataset=labelled,
             display_name=name or (arch if model.startswith(DIGEST_PREFIX) else Path(model).name),

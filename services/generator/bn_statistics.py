@@ -59,10 +59,12 @@ class BatchNormStatistics:
         """Take the mean and the biased variance, C each, of what a layer read, where it does not run by itself."""
         self._found.append((layer, mean, variance))
 
-    def take_loss(self) -> torch.Tensor:
+    def take_loss(self, *, relative: bool = False) -> torch.Tensor:
         """Return L_BNS of the forward pass since the last call, a scalar with gradient.
 
-        The mean over the layers of MSE(batch mean, running mean) + MSE(biased batch variance, running variance).
+        The mean over the layers of MSE(batch mean, running mean) + MSE(biased batch variance, running variance), as
+        published. ``relative`` takes the errors of means and of standard deviations in units of the running standard
+        deviation instead, so that channels of all sizes count alike.
 
         Raises:
             RuntimeError: Not every layer ran exactly once since then.
@@ -73,7 +75,12 @@ class BatchNormStatistics:
         layers, means, variances = zip(*found, strict=True)
         # All channels in one row: small operations on each layer would take longer than their arithmetic.
         error = torch.cat(means) - torch.cat([layer.running_mean for layer in layers])
-        excess = torch.cat(variances) - torch.cat([layer.running_var for layer in layers])
+        expected = torch.cat([layer.running_var for layer in layers])
+        excess = torch.cat(variances) - expected
+        if relative:
+            floor = torch.cat([mean.new_full(mean.shape, layer.eps) for mean, layer in zip(means, layers, strict=True)])
+            error = error / (expected + floor).sqrt()
+            excess = ((torch.cat(variances) + floor) / (expected + floor)).sqrt() - 1
         share = torch.cat([mean.new_full(mean.shape, 1 / (len(mean) * self._count)) for mean in means])
         return ((error.square() + excess.square()) * share).sum()
 

@@ -10,7 +10,7 @@ from services.generator.grid import draw_grid
 from services.generator.settings import GeneratorSettings
 from services.generator.states import FORM, Effort, load_state, save_state
 from services.generator.synthesis import SynthesisParameters
-from services.generator.synthetic_set import write_set
+from services.generator.synthetic_set import REFINED_SHARE, REFINEMENT_STEPS, SetPlan, write_set
 from services.generator.training import create_synthesizer
 
 
@@ -28,6 +28,11 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
     config = request.synthesis
     num_images = config.num_images if config.HasField("num_images") else 1024
     iterations = config.iterations if config.HasField("iterations") else 400
+    plan = SetPlan.of(
+        num_images,
+        config.refined_share if config.HasField("refined_share") else REFINED_SHARE,
+        config.refinement_steps if config.HasField("refinement_steps") else REFINEMENT_STEPS,
+    )
     interval = config.checkpoint_interval if config.HasField("checkpoint_interval") else 100
     parameters = SynthesisParameters.of(
         config.generator, config.batch_size if config.HasField("batch_size") else 32, config.seed
@@ -67,7 +72,7 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         context.check_cancelled()
         context.report("drawing", written, num_images)
 
-    dataset, agreement = write_set(context.store, synthesizer, num_images, on_progress)
+    dataset, agreement = write_set(context.store, synthesizer, plan, on_progress, context.check_cancelled)
     context.report("picturing")
     grid = draw_grid(context.store.local_path(dataset.digest), synthesizer.generator)
     result = reports_pb2.SynthesisResult(

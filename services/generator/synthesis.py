@@ -1,6 +1,7 @@
 """Trains the generator against a frozen teacher, one step at a time."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import torch
@@ -10,6 +11,7 @@ from granq.v1 import common_pb2
 from services.common.kernels.blocks import fuse_blocks
 from services.generator.bn_statistics import BatchNormStatistics
 from services.generator.networks import LATENT, ConditionalGenerator
+from services.generator.refinement import refine
 
 _BETAS: Final = (0.5, 0.999)
 
@@ -105,6 +107,7 @@ class Synthesizer:
         self.iteration = 0
         self._device = device
         self._bfloat16 = bfloat16
+        self._pixel_range = pixel_range
         self.num_classes = num_classes
         self._teacher = teacher.eval().requires_grad_(False).to(device)
         self._teacher.to(memory_format=torch.channels_last)
@@ -149,6 +152,23 @@ class Synthesizer:
         if train:
             self._pending = _Pending(images, labels, logits, bn_loss, rng, buffers)
         return Batch(self.iteration, images.detach(), labels, logits.detach(), bn_loss.detach())
+
+    def refine(self, batch: Batch, steps: int, on_step: Callable[[], None] = lambda: None) -> Batch:
+        """Return a drawn batch whose pixels were moved to where the teacher's statistics and the labels are met better.
+
+        Nothing that later draws depend on changes. See ``refinement.py``; ``on_step`` is called before each step.
+
+        Raises:
+            RuntimeError: The last batch still waits for its step.
+        """
+        if self._pending is not None:
+            raise RuntimeError("the last batch has had no step yet")
+        pixel_range = self._pixel_range if self.parameters.bounded else None
+        images = refine(self._run, self._statistics, batch.images, batch.labels, steps, pixel_range, on_step)
+        with torch.no_grad():
+            logits = self._run(images)
+            bn_loss = self._statistics.take_loss()
+        return replace(batch, images=images.contiguous(), logits=logits, bn_loss=bn_loss)
 
     def step(self, images_gradient: torch.Tensor, logits_gradient: torch.Tensor) -> None:
         """Step the generator with gradients of losses that were computed elsewhere, plus γ·L_BNS.

@@ -3,17 +3,82 @@
 import json
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 import torch
 
 from granq.v1 import artifacts_pb2
 from services.common.artifacts import ArtifactStore
+from services.common.synthetic import held_out
 from services.generator.synthesis import Batch, Synthesizer
+
+REFINED_SHARE: Final = 0.5
+"""Of a set, where the request names none."""
+
+REFINEMENT_STEPS: Final = 20
+"""Where the request names none."""
 
 # Batches drawn for each batch that is kept, at most.
 _OVERDRAW: Final = 4
+# Images that are refined together where they are small: the more, the less each is bent to the statistics alone.
+_REFINED_TOGETHER: Final = 128
+_ELEMENTS: Final = 2**19  # of their pixels
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """What a synthetic set is made of.
+
+    Attributes:
+        count: Images in all.
+        refined: Of these, those whose pixels are refined after they were drawn (``refinement.py``).
+        steps: Of the refinement.
+    """
+
+    count: int
+    refined: int = 0
+    steps: int = 0
+
+    @classmethod
+    def of(cls, count: int, share: float, steps: int) -> Self:
+        """Return the plan of a set of which a share, 0 to 1, is refined in so many steps; no step refines none."""
+        return cls(count, round(share * count) if steps else 0, steps)
+
+
+def batches_of(synthesizer: Synthesizer, plan: SetPlan, on_step: Callable[[], None]) -> Iterator[Batch]:
+    """Yield the batches of a set, in its order.
+
+    Drawn images come first, because ranges are set from the first ones, and drawn and refined ones together are of two
+    distributions, each of whose moments would be those of neither. Half of those held out for measurement are drawn.
+
+    Args:
+        synthesizer: The trained generator.
+        plan: Of the set.
+        on_step: Called before each step of a refinement; what it raises ends the making.
+    """
+    drawn = plan.count - plan.refined
+    last = min(drawn, held_out(plan.count) // 2) if plan.refined else 0
+    yield from drawn_set(synthesizer, drawn - last)
+    yield from _refined_set(synthesizer, plan.refined, plan.steps, on_step)
+    yield from drawn_set(synthesizer, last)
+
+
+def _refined_set(synthesizer: Synthesizer, count: int, steps: int, on_step: Callable[[], None]) -> Iterator[Batch]:
+    size = synthesizer.parameters.batch_size
+    while count:
+        parts = [synthesizer.draw(train=False)]
+        fitting = min(_REFINED_TOGETHER, _ELEMENTS // parts[0].images[0].numel())
+        while size * (len(parts) + 1) <= fitting:
+            parts.append(synthesizer.draw(train=False))
+        images, labels, logits = (
+            torch.cat(tensors) for tensors in zip(*((p.images, p.labels, p.logits) for p in parts), strict=True)
+        )
+        drawn = replace(parts[0], images=images, labels=labels, logits=logits)
+        batch = synthesizer.refine(drawn, steps, on_step)
+        kept = slice(min(count, len(labels)))
+        count -= kept.stop
+        yield replace(batch, images=batch.images[kept], labels=batch.labels[kept], logits=batch.logits[kept])
 
 
 def drawn_set(synthesizer: Synthesizer, count: int) -> Iterator[Batch]:
@@ -40,23 +105,25 @@ def drawn_set(synthesizer: Synthesizer, count: int) -> Iterator[Batch]:
 def write_set(
     store: ArtifactStore,
     synthesizer: Synthesizer,
-    num_images: int,
+    plan: SetPlan,
     on_progress: Callable[[int], None],
+    on_step: Callable[[], None],
 ) -> tuple[artifacts_pb2.Artifact, float]:
     """Write "images" N×C×H×W, "labels" N and "logits" N×K; return the file and the label agreement.
 
     Args:
         store: Where to.
         synthesizer: The trained generator.
-        num_images: Images to write.
+        plan: What to write.
         on_progress: Called with the number of images written, for each batch; what it raises ends the writing.
+        on_step: Called before each step of a refinement, likewise.
     """
     labels: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     written = agreeing = 0
     with store.writer("synthetic-set.safetensors", "application/octet-stream") as writer:
-        writer.write(_header(num_images, synthesizer.input_shape, synthesizer.num_classes))
-        for batch in drawn_set(synthesizer, num_images):
+        writer.write(_header(plan.count, synthesizer.input_shape, synthesizer.num_classes))
+        for batch in batches_of(synthesizer, plan, on_step):
             writer.write(_bytes(batch.images))
             labels.append(batch.labels.cpu())
             logits.append(batch.logits.cpu())
@@ -65,7 +132,7 @@ def write_set(
             on_progress(written)
         writer.write(_bytes(torch.cat(labels)))
         writer.write(_bytes(torch.cat(logits)))
-        return writer.commit(), agreeing / num_images
+        return writer.commit(), agreeing / plan.count
 
 
 def _header(num_images: int, input_shape: tuple[int, int, int], num_classes: int) -> bytes:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,8 +7,9 @@ import torch
 from safetensors.torch import load
 
 from services.common.artifacts import ArtifactStore
+from services.common.synthetic import held_out
 from services.generator.synthesis import Batch, SynthesisParameters, Synthesizer
-from services.generator.synthetic_set import drawn_set, write_set
+from services.generator.synthetic_set import SetPlan, batches_of, drawn_set, write_set
 from tests.support.models import Residual, captured
 
 SHAPE = (3, 8, 8)
@@ -18,7 +21,7 @@ def test_set(count: int, tmp_path: Path) -> None:
     teacher = captured(Residual(), SHAPE)
     synthesizer = Synthesizer(teacher, SHAPE, 10, SynthesisParameters(batch_size=6), torch.device("cpu"))
     progress: list[int] = []
-    artifact, agreement = write_set(store, synthesizer, count, progress.append)
+    artifact, agreement = write_set(store, synthesizer, SetPlan(count), progress.append, lambda: None)
     tensors = load(store.read_bytes(artifact.digest))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "images": (count, 3, 8, 8),
@@ -40,6 +43,7 @@ class Drawn(Synthesizer):
 
     def __init__(self, batch_size: int, wrong: float) -> None:
         self.parameters = SynthesisParameters(batch_size)
+        self.input_shape = (1, 1, 1)
         self.num_classes = 3
         self.draws = 0
         self._wrong = wrong
@@ -69,3 +73,44 @@ def test_the_draws_end_at_four_times_what_is_needed() -> None:
     kept = list(drawn_set(drawn, 100))
     assert len(torch.cat([batch.images for batch in kept]).unique()) == 100
     assert drawn.draws == 4 * 7
+
+
+class Marking(Drawn):
+    """Marks what it refines by adding a thousand to the images."""
+
+    def refine(self, batch: Batch, steps: int, on_step: Callable[[], None] = lambda: None) -> Batch:
+        self.refined_together = len(batch.labels)
+        for _ in range(steps):
+            on_step()
+        return replace(batch, images=batch.images % 1000 + 1000)
+
+
+@pytest.mark.parametrize(("count", "share"), [(200, 0.5), (200, 1.0), (200, 0.0), (7, 0.5), (1, 0.5), (1, 1.0)])
+def test_refined_images_lie_between_drawn_ones(count: int, share: float) -> None:
+    drawn = Marking(16, 0.0)
+    plan = SetPlan.of(count, share, 3)
+    batches = list(batches_of(drawn, plan, lambda: None))
+    images = torch.cat([batch.images for batch in batches])
+    assert len(images) == sum(len(batch.labels) for batch in batches) == sum(len(b.logits) for b in batches) == count
+    marked = (images >= 1000).flatten()
+    assert int(marked.sum()) == plan.refined == round(share * count)
+    if plan.refined:
+        assert drawn.refined_together == 128  # images of one value: as many as are refined at once
+        kept = held_out(count)
+        first, last = int(marked.nonzero()[0]), int(marked.nonzero()[-1])
+        assert bool(marked[first : last + 1].all())
+        assert count - 1 - last == min(count - plan.refined, kept // 2)
+
+
+def test_no_step_refines_nothing() -> None:
+    assert SetPlan.of(10, 0.5, 0) == SetPlan(10, 0, 0)
+
+
+def test_a_refinement_can_be_stopped(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise InterruptedError
+
+    store = ArtifactStore(tmp_path.as_uri())
+    with pytest.raises(InterruptedError):
+        write_set(store, Marking(16, 0.0), SetPlan(8, 8, 1), lambda written: None, stop)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
