@@ -33,6 +33,8 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         config.refined_share if config.HasField("refined_share") else REFINED_SHARE,
         config.refinement_steps if config.HasField("refinement_steps") else REFINEMENT_STEPS,
     )
+    if plan.refined == num_images:
+        iterations = 0  # nobody would see what the generator learned
     interval = config.checkpoint_interval if config.HasField("checkpoint_interval") else 100
     parameters = SynthesisParameters.of(
         config.generator, config.batch_size if config.HasField("batch_size") else 32, config.seed
@@ -72,18 +74,20 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         context.check_cancelled()
         context.report("drawing", written, num_images)
 
-    dataset, agreement = write_set(context.store, synthesizer, plan, on_progress, context.check_cancelled)
+    written_set = write_set(context.store, synthesizer, plan, on_progress, context.check_cancelled)
     context.report("picturing")
-    grid = draw_grid(context.store.local_path(dataset.digest), synthesizer.generator)
+    grid = draw_grid(context.store.local_path(written_set.artifact.digest), synthesizer.generator)
     result = reports_pb2.SynthesisResult(
-        dataset=dataset,
+        dataset=written_set.artifact,
         grid=context.store.put_bytes(grid, name="synthetic_images.png", media_type="image/png"),
         num_images=num_images,
-        bn_loss=effort.bn_loss,
-        label_agreement=agreement,
+        bn_loss=written_set.bn_loss,
+        label_agreement=written_set.label_agreement,
         seconds=time.monotonic() - begin,
     )
-    context.log.info("synthesis done", images=num_images, bn_loss=effort.bn_loss, label_agreement=agreement)
+    context.log.info(
+        "synthesis done", images=num_images, bn_loss=result.bn_loss, label_agreement=result.label_agreement
+    )
     return jobs_pb2.JobResult(synthesis=result)
 
 

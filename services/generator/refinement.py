@@ -1,17 +1,19 @@
-"""Refines drawn images by themselves: the last steps towards the teacher's statistics, which a generator does not take.
+"""Refines the pixels of scenes until they mean to the teacher what its training images did.
 
-A generator is a small network, so its images keep a likeness to each other, and their statistics stay at a distance
-from those of the BatchNorm layers. The pixels of a batch have no such bound. A few steps of Adam on corrections to them
-bring the statistics near and make the teacher surer of the labels. (Optimizing images directly: DeepInversion, Yin et
-al. 2020; ZeroQ, Cai et al. 2020.)
+A generator is a small network: its images are textures with a likeness to each other, and their statistics stay at a
+distance from those of the BatchNorm layers. Scenes (``scenes.py``) have flat areas, edges and objects, and pixels have
+no bound that a network would set. A few steps of Adam on corrections to them bring the statistics near and make the
+teacher sure of the labels. Students learn more from both kinds than from as many of one. (Optimizing images directly:
+DeepInversion, Yin et al. 2020; ZeroQ, Cai et al. 2020.)
 
 Corrections are a pyramid: a picture of full size, one of half the side, and so on, added up. Adam moves all values by
-the same steps, so low frequencies, of which natural images have most, come as easily as high ones, and twenty steps do
+the same steps, so low frequencies, of which natural images have most, come as easily as high ones, and tens of steps do
 what takes hundreds on pixels alone.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +25,19 @@ RATE = 0.1  # of Adam at the first step, falling as half a cosine; in units of t
 BETAS = (0.9, 0.99)
 LABEL_WEIGHT = 0.1  # of CE(T, y) beside the relative L_BNS
 MARGIN = 0.02  # of the range of pixels, by which an image keeps away from black and white, where corrections vanish
+UNKNOWN_REACH = 2.0  # of a model's input whose black and white are not known: it is standardized by custom
 LEAST_SIDE = 2  # of the pyramid's smallest picture
 
 
 class _Pixels:
-    """Corrections to images N×C×H×W, in the logit of their place between black and white, or in their own units."""
+    """Corrections to scenes N×C×H×W, in the logit of their place between black and white."""
 
     def __init__(self, images: Tensor, pixel_range: tuple[Tensor, Tensor] | None) -> None:
-        self._bounds = None
-        self._start = images
+        self._bounds: tuple[Any, Any] = -UNKNOWN_REACH, 2 * UNKNOWN_REACH
         if pixel_range is not None:
             black, white = (end.to(images).view(1, -1, 1, 1) for end in pixel_range)
             self._bounds = black, white - black
-            self._start = torch.logit(((images - black) / (white - black)).clamp(MARGIN, 1 - MARGIN))
+        self._start = torch.logit(images.clamp(MARGIN, 1 - MARGIN))
         self._size = images.shape[2:]
         height, width = self._size
         self.pyramid: list[Tensor] = []
@@ -48,10 +50,9 @@ class _Pixels:
         total = self._start + self.pyramid[0]
         for part in self.pyramid[1:]:
             total = total + F.interpolate(part, size=self._size, mode="bilinear")
-        if self._bounds is not None:
-            black, span = self._bounds
-            total = black + span * torch.sigmoid(total)
-        return total.contiguous(memory_format=torch.channels_last)
+        black, span = self._bounds
+        result: Tensor = black + span * torch.sigmoid(total)
+        return result.contiguous(memory_format=torch.channels_last)
 
 
 def refine(
@@ -63,15 +64,15 @@ def refine(
     pixel_range: tuple[Tensor, Tensor] | None,
     on_step: Callable[[], None],
 ) -> Tensor:
-    """Return images moved by ``steps`` steps to where the teacher's statistics and labels are met better.
+    """Return scenes as the model's input, moved by ``steps`` steps to meet the statistics and the labels better.
 
     Args:
         teacher: Frozen, images → logits N×K.
         statistics: Listens to the teacher.
-        images: float32 N×C×H×W; statistics are met by the batch as a whole, so N should be 32 or more.
+        images: Scenes, float32 N×C×H×W from 0 to 1; statistics are met by all together, so N should be 32 or more.
         labels: What the teacher is to see in them, int64 N.
-        steps: 1 or more.
-        pixel_range: What black and white are, C each; images stay between them. None leaves them unbounded.
+        steps: 0 or more.
+        pixel_range: What black and white are, C each, between which images stay; None where nothing is known.
         on_step: Called before each step.
     """
     pixels = _Pixels(images, pixel_range)

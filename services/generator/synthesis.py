@@ -1,7 +1,7 @@
 """Trains the generator against a frozen teacher, one step at a time."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Self
 
 import torch
@@ -12,6 +12,7 @@ from services.common.kernels.blocks import fuse_blocks
 from services.generator.bn_statistics import BatchNormStatistics
 from services.generator.networks import LATENT, ConditionalGenerator
 from services.generator.refinement import refine
+from services.generator.scenes import scenes
 
 _BETAS: Final = (0.5, 0.999)
 
@@ -153,22 +154,29 @@ class Synthesizer:
             self._pending = _Pending(images, labels, logits, bn_loss, rng, buffers)
         return Batch(self.iteration, images.detach(), labels, logits.detach(), bn_loss.detach())
 
-    def refine(self, batch: Batch, steps: int, on_step: Callable[[], None] = lambda: None) -> Batch:
-        """Return a drawn batch whose pixels were moved to where the teacher's statistics and the labels are met better.
+    def draw_refined(self, count: int, steps: int, on_step: Callable[[], None] = lambda: None) -> Batch:
+        """Draw procedural scenes and labels, and refine the scenes' pixels to what the teacher saw in training.
 
-        Nothing that later draws depend on changes. See ``refinement.py``; ``on_step`` is called before each step.
+        No use of the generator, whatever its state (``scenes.py``, ``refinement.py``).
+
+        Args:
+            count: Images, 32 or more if their statistics are to mean something.
+            steps: Of the refinement, 0 or more.
+            on_step: Called before each step.
 
         Raises:
             RuntimeError: The last batch still waits for its step.
         """
         if self._pending is not None:
             raise RuntimeError("the last batch has had no step yet")
+        images = scenes(count, self.input_shape, self._random)
+        labels = torch.randint(self.num_classes, (count,), generator=self._random).to(self._device)
         pixel_range = self._pixel_range if self.parameters.bounded else None
-        images = refine(self._run, self._statistics, batch.images, batch.labels, steps, pixel_range, on_step)
+        images = refine(self._run, self._statistics, images.to(self._device), labels, steps, pixel_range, on_step)
         with torch.no_grad():
             logits = self._run(images)
             bn_loss = self._statistics.take_loss()
-        return replace(batch, images=images.contiguous(), logits=logits, bn_loss=bn_loss)
+        return Batch(self.iteration, images.contiguous(), labels, logits, bn_loss)
 
     def step(self, images_gradient: torch.Tensor, logits_gradient: torch.Tensor) -> None:
         """Step the generator with gradients of losses that were computed elsewhere, plus γ·L_BNS.

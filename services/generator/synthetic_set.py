@@ -1,6 +1,7 @@
 """Draws a synthetic set from a trained generator and writes it as one safetensors file, as a stream."""
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ class SetPlan:
 
     Attributes:
         count: Images in all.
-        refined: Of these, those whose pixels are refined after they were drawn (``refinement.py``).
+        refined: Of these, those that are not drawn by the generator but refined from scenes (``refinement.py``).
         steps: Of the refinement.
     """
 
@@ -46,11 +47,26 @@ class SetPlan:
         return cls(count, round(share * count) if steps else 0, steps)
 
 
+@dataclass(frozen=True)
+class WrittenSet:
+    """A set in the store.
+
+    Attributes:
+        artifact: The file.
+        label_agreement: Share of the images, 0 to 1, that the teacher takes for what they were made for.
+        bn_loss: Mean over the images of L_BNS of the batches that they were made in.
+    """
+
+    artifact: artifacts_pb2.Artifact
+    label_agreement: float
+    bn_loss: float
+
+
 def batches_of(synthesizer: Synthesizer, plan: SetPlan, on_step: Callable[[], None]) -> Iterator[Batch]:
     """Yield the batches of a set, in its order.
 
-    Drawn images come first, because ranges are set from the first ones, and drawn and refined ones together are of two
-    distributions, each of whose moments would be those of neither. Half of those held out for measurement are drawn.
+    Drawn images come first, because ranges are set from the first ones, and the moments of both kinds together are
+    those of neither. Half of the images held out for measurement are drawn.
 
     Args:
         synthesizer: The trained generator.
@@ -65,18 +81,11 @@ def batches_of(synthesizer: Synthesizer, plan: SetPlan, on_step: Callable[[], No
 
 
 def _refined_set(synthesizer: Synthesizer, count: int, steps: int, on_step: Callable[[], None]) -> Iterator[Batch]:
-    size = synthesizer.parameters.batch_size
+    small = min(_REFINED_TOGETHER, _ELEMENTS // math.prod(synthesizer.input_shape))
+    together = max(synthesizer.parameters.batch_size, small)
     while count:
-        parts = [synthesizer.draw(train=False)]
-        fitting = min(_REFINED_TOGETHER, _ELEMENTS // parts[0].images[0].numel())
-        while size * (len(parts) + 1) <= fitting:
-            parts.append(synthesizer.draw(train=False))
-        images, labels, logits = (
-            torch.cat(tensors) for tensors in zip(*((p.images, p.labels, p.logits) for p in parts), strict=True)
-        )
-        drawn = replace(parts[0], images=images, labels=labels, logits=logits)
-        batch = synthesizer.refine(drawn, steps, on_step)
-        kept = slice(min(count, len(labels)))
+        batch = synthesizer.draw_refined(together, steps, on_step)
+        kept = slice(min(count, together))
         count -= kept.stop
         yield replace(batch, images=batch.images[kept], labels=batch.labels[kept], logits=batch.logits[kept])
 
@@ -108,8 +117,8 @@ def write_set(
     plan: SetPlan,
     on_progress: Callable[[int], None],
     on_step: Callable[[], None],
-) -> tuple[artifacts_pb2.Artifact, float]:
-    """Write "images" N×C×H×W, "labels" N and "logits" N×K; return the file and the label agreement.
+) -> WrittenSet:
+    """Write "images" N×C×H×W, "labels" N and "logits" N×K.
 
     Args:
         store: Where to.
@@ -121,6 +130,7 @@ def write_set(
     labels: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     written = agreeing = 0
+    bn_loss = 0.0
     with store.writer("synthetic-set.safetensors", "application/octet-stream") as writer:
         writer.write(_header(plan.count, synthesizer.input_shape, synthesizer.num_classes))
         for batch in batches_of(synthesizer, plan, on_step):
@@ -128,11 +138,12 @@ def write_set(
             labels.append(batch.labels.cpu())
             logits.append(batch.logits.cpu())
             written += len(batch.labels)
+            bn_loss += float(batch.bn_loss) * len(batch.labels)
             agreeing += int((batch.logits.argmax(dim=1) == batch.labels).sum())
             on_progress(written)
         writer.write(_bytes(torch.cat(labels)))
         writer.write(_bytes(torch.cat(logits)))
-        return writer.commit(), agreeing / plan.count
+        return WrittenSet(writer.commit(), agreeing / plan.count, bn_loss / plan.count)
 
 
 def _header(num_images: int, input_shape: tuple[int, int, int], num_classes: int) -> bytes:

@@ -53,6 +53,16 @@ async def test_set_and_resumption(server: GrpcServer, model: common_pb2.ModelSou
     assert interrupted.result.synthesis.bn_loss == result.bn_loss
 
 
+async def test_a_set_of_refined_images_alone_trains_no_generator(
+    server: GrpcServer, model: common_pb2.ModelSource, store: ArtifactStore
+) -> None:
+    job = await _run(server, _request(model, "refined", refined_share=1.0, iterations=10_000_000))
+    assert job.state == jobs_pb2.JOB_STATE_SUCCEEDED, job.failure
+    other = await _run(server, _request(model, "rough", refined_share=1.0, refinement_steps=1))
+    assert job.result.synthesis.label_agreement > other.result.synthesis.label_agreement
+    assert job.result.synthesis.bn_loss > 0
+
+
 async def test_unusable_model_fails_the_job(server: GrpcServer, store: ArtifactStore) -> None:
     model = common_pb2.ModelSource(artifact=store.put_bytes(b"no model"))
     job = await _run(server, _request(model, "bad"))

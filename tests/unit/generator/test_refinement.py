@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from services.generator.bn_statistics import BatchNormStatistics
+from services.generator.scenes import scenes
 from services.generator.synthesis import Batch, SynthesisParameters, Synthesizer
 from tests.support.models import Residual, captured
 
@@ -31,35 +32,57 @@ def _losses(batch: Batch) -> tuple[float, float]:
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_statistics_and_labels_are_met_better(bounded: bool) -> None:
-    synthesizer = _synthesizer(bounded=bounded)
-    drawn = synthesizer.draw(train=False)
     steps: list[None] = []
-    refined = synthesizer.refine(drawn, 20, lambda: steps.append(None))
+    rough = _synthesizer(bounded=bounded).draw_refined(40, 0)
+    refined = _synthesizer(bounded=bounded).draw_refined(40, 20, lambda: steps.append(None))
     assert len(steps) == 20
-    before, after = _losses(drawn), _losses(refined)
+    before, after = _losses(rough), _losses(refined)
     assert after[0] < 0.8 * before[0]
-    assert after[1] < 0.8 * before[1]
-    assert torch.equal(refined.labels, drawn.labels)
-    assert refined.images.shape == drawn.images.shape
+    assert after[1] < before[1]
+    assert torch.equal(refined.labels, rough.labels)
+    assert refined.images.shape == (40, *SHAPE)
     assert refined.images.is_contiguous()
-    if bounded:
-        span = (WHITE - BLACK).view(1, -1, 1, 1)
-        place = (refined.images - BLACK.view(1, -1, 1, 1)) / span
-        assert 0 < float(place.min()) < float(place.max()) < 1
+    black, white = (BLACK, WHITE) if bounded else (torch.full((3,), -2.0), torch.full((3,), 2.0))
+    place = (refined.images - black.view(1, -1, 1, 1)) / (white - black).view(1, -1, 1, 1)
+    assert 0 < float(place.min()) < float(place.max()) < 1
 
 
-def test_later_draws_stay_as_they_were() -> None:
+def test_draws_go_on_from_a_stored_state_alike() -> None:
     one, other = _synthesizer(), _synthesizer()
-    one.refine(one.draw(train=False), 2)
-    other.draw(train=False)
+    one.draw_refined(4, 1)
+    other.restore(one.state())
+    assert torch.equal(one.draw_refined(4, 2).images, other.draw_refined(4, 2).images)
     assert torch.equal(one.draw(train=False).images, other.draw(train=False).images)
 
 
 def test_a_batch_that_waits_for_its_step_comes_first() -> None:
     synthesizer = _synthesizer()
-    drawn = synthesizer.draw()
+    synthesizer.draw()
     with pytest.raises(RuntimeError, match="no step yet"):
-        synthesizer.refine(drawn, 1)
+        synthesizer.draw_refined(4, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 17), (5, 1, 1)])
+def test_scenes_fill_the_range_of_pixels(shape: tuple[int, int, int]) -> None:
+    drawn = scenes(24, shape, torch.Generator().manual_seed(0))
+    assert drawn.shape == (24, *shape)
+    assert drawn.dtype is torch.float32
+    assert torch.isfinite(drawn).all()
+    assert 0 <= float(drawn.min()) < 0.2
+    assert 0.8 < float(drawn.max()) <= 1
+    assert torch.equal(drawn, scenes(24, shape, torch.Generator().manual_seed(0)))
+    # No two of them are alike.
+    assert float(torch.cdist(drawn.flatten(1), drawn.flatten(1)).add(torch.eye(24)).min()) > 0
+
+
+def test_scenes_have_areas_edges_and_the_spectrum_of_natural_images() -> None:
+    drawn = scenes(200, (1, 64, 64), torch.Generator().manual_seed(1))
+    steps = drawn.diff(dim=3).abs()
+    assert float((steps < 0.02).float().mean()) > 0.4
+    assert float((steps > 0.2).float().mean()) > 0.005
+    # The amplitude falls about as 1/f: from 4 to 16 periods a side by about four.
+    amplitude = torch.fft.rfft2(drawn - drawn.mean((2, 3), keepdim=True)).abs().square().mean((0, 1)).sqrt()
+    assert 2 < float(amplitude[0, 4] / amplitude[0, 16]) < 8
 
 
 def test_relative_loss_counts_in_running_deviations() -> None:

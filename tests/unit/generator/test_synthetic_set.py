@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,8 @@ def test_set(count: int, tmp_path: Path) -> None:
     teacher = captured(Residual(), SHAPE)
     synthesizer = Synthesizer(teacher, SHAPE, 10, SynthesisParameters(batch_size=6), torch.device("cpu"))
     progress: list[int] = []
-    artifact, agreement = write_set(store, synthesizer, SetPlan(count), progress.append, lambda: None)
-    tensors = load(store.read_bytes(artifact.digest))
+    written = write_set(store, synthesizer, SetPlan(count), progress.append, lambda: None)
+    tensors = load(store.read_bytes(written.artifact.digest))
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "images": (count, 3, 8, 8),
         "labels": (count,),
@@ -30,12 +29,14 @@ def test_set(count: int, tmp_path: Path) -> None:
     }
     assert tensors["labels"].dtype == torch.int64
     assert progress[-1] == count
-    assert agreement == pytest.approx(float((tensors["logits"].argmax(1) == tensors["labels"]).float().mean()))
+    assert written.label_agreement == pytest.approx(
+        float((tensors["logits"].argmax(1) == tensors["labels"]).float().mean())
+    )
     with torch.no_grad():
         torch.testing.assert_close(teacher(tensors["images"]), tensors["logits"], rtol=1e-4, atol=1e-4)
     # An untrained generator meets one label in ten; drawing more than needed raises that.
     if count == 20:
-        assert agreement > 0.2
+        assert written.label_agreement > 0.2
 
 
 class Drawn(Synthesizer):
@@ -76,13 +77,15 @@ def test_the_draws_end_at_four_times_what_is_needed() -> None:
 
 
 class Marking(Drawn):
-    """Marks what it refines by adding a thousand to the images."""
+    """Marks refined images by values from a thousand."""
 
-    def refine(self, batch: Batch, steps: int, on_step: Callable[[], None] = lambda: None) -> Batch:
-        self.refined_together = len(batch.labels)
+    def draw_refined(self, count: int, steps: int, on_step: Callable[[], None] = lambda: None) -> Batch:
+        self.refined_together = count
         for _ in range(steps):
             on_step()
-        return replace(batch, images=batch.images % 1000 + 1000)
+        labels = torch.arange(count) % 3
+        images = torch.full((count, 1, 1, 1), 1000.0)
+        return Batch(0, images, labels, torch.nn.functional.one_hot(labels, 3).float(), torch.zeros(()))
 
 
 @pytest.mark.parametrize(("count", "share"), [(200, 0.5), (200, 1.0), (200, 0.0), (7, 0.5), (1, 0.5), (1, 1.0)])
@@ -95,7 +98,7 @@ def test_refined_images_lie_between_drawn_ones(count: int, share: float) -> None
     marked = (images >= 1000).flatten()
     assert int(marked.sum()) == plan.refined == round(share * count)
     if plan.refined:
-        assert drawn.refined_together == 128  # images of one value: as many as are refined at once
+        assert drawn.refined_together == 128  # images of one pixel: as many as are refined at once
         kept = held_out(count)
         first, last = int(marked.nonzero()[0]), int(marked.nonzero()[-1])
         assert bool(marked[first : last + 1].all())
