@@ -32,6 +32,7 @@ from benchmarks.accuracy.options import (
 from benchmarks.accuracy.photographs import crops
 from benchmarks.accuracy.reproduce import SETTINGS, reproduce
 from granq.v1 import common_pb2
+from services.generator.synthetic_set import REFINEMENT_STEPS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy without data, measured.")
 
@@ -75,9 +76,11 @@ def agreement_command(
     bits: Annotated[list[str] | None, typer.Option(help="W/A, repeatable.")] = None,
     seeds: Seeds = "0",
     synthesis_iterations: Annotated[int, typer.Option(help="Generator steps.")] = 200,
-    synthetic_images: Annotated[int, typer.Option(help="Drawn after them.")] = 512,
+    synthetic_images: Annotated[int, typer.Option(help="Images in the set.")] = 512,
+    refined: Annotated[float, typer.Option(help="Of these, the share that is refined; 1: no generator.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Of the refinement.")] = REFINEMENT_STEPS,
     iterations: Annotated[int, typer.Option(help="Training iterations; 0 leaves training out.")] = 0,
-    batch: Annotated[int, typer.Option(help="Images in a generator step and in an iteration.")] = 16,
+    batch: Annotated[int, typer.Option(help="Images in a step and in an iteration.")] = 16,
     mean: Mean = 0.5,
     std: Std = 0.5,
     threads: Threads = 0,
@@ -92,7 +95,10 @@ def agreement_command(
         bench = Bench(loaded, photographs, torch.zeros(0, dtype=torch.int64), Path(folder))
         numbers = [int(seed) for seed in seeds.split(",")]
         pairs = pairs_of(bits or ["8/8", "4/8"])
-        agreement(bench, pictures, pairs, numbers, synthesis_iterations, synthetic_images, iterations, batch, out)
+        sets = {n: bench.synthesize(synthesis_iterations, synthetic_images, batch, n, refined, steps) for n in numbers}
+        drawn = f"{synthesis_iterations} generator steps of {batch}, " if refined < 1 else ""
+        origin = f"{drawn}{synthetic_images} images, {100 * refined:.0f} % refined in {steps} steps of {batch}"
+        agreement(bench, pictures, pairs, sets, origin, iterations, batch, out)
 
 
 @app.command("ablation")

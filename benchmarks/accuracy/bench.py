@@ -151,14 +151,14 @@ class Bench:
         count: int,
         batch_size: int,
         seed: int,
-        *,
-        bounded: bool = True,
         refined: float = REFINED_SHARE,
         steps: int = REFINEMENT_STEPS,
+        *,
+        bounded: bool = True,
     ) -> Batch:
         """Train a generator alone and make a set with it, as the Synthesize job does."""
         synthesizer = self.synthesizer(batch_size, seed, bounded=bounded)
-        for _ in range(iterations):
+        for _ in range(iterations if refined < 1 else 0):
             synthesizer.draw()
             synthesizer.step_alone()
         parts = list(batches_of(synthesizer, SetPlan.of(count, refined, steps), lambda: None))
