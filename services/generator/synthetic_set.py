@@ -17,7 +17,7 @@ from services.generator.synthesis import Batch, Synthesizer
 REFINED_SHARE: Final = 0.5
 """Of a set, where the request names none."""
 
-REFINEMENT_STEPS: Final = 20
+REFINEMENT_STEPS: Final = 60
 """Where the request names none."""
 
 # Batches drawn for each batch that is kept, at most.
