@@ -106,6 +106,6 @@ def test_relative_loss_counts_in_running_deviations() -> None:
         teacher(images)
     for hook in hooks:
         hook.remove()
-    with BatchNormStatistics(teacher) as statistics:
+    with BatchNormStatistics(teacher) as statistics, torch.no_grad():
         teacher(images)
         assert float(statistics.take_loss(relative=True)) == pytest.approx(sum(terms) / len(norms), rel=1e-10)
