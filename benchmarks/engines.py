@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import Tensor, fx
 
-from benchmarks.accuracy.bench import Bench
+from benchmarks.accuracy.bench import REFINED_NOTE, Bench
 from benchmarks.accuracy.options import (
     EXAMPLE,
     Channels,
@@ -194,8 +194,8 @@ def main(
         torch.set_num_threads(threads)
     wanted = targets.load(target)
     notes = (
-        f"Synthetic set: {synthesis_iterations} generator steps of 32, {images} images, seed {seed}; {iterations} "
-        f"training iterations of {batch}.",
+        f"Synthetic set: {synthesis_iterations} generator steps of 32, {images} images, {REFINED_NOTE}, seed {seed}; "
+        f"{iterations} training iterations of {batch}.",
         f"Engine: {wanted.title} (target `{wanted.name}`), built on this machine.",
     )
     pairs = pairs_of(bits or ["8/8", "4/8", "4/4"])

@@ -32,7 +32,7 @@ from benchmarks.accuracy.options import (
 from benchmarks.accuracy.photographs import crops
 from benchmarks.accuracy.reproduce import SETTINGS, reproduce
 from granq.v1 import common_pb2
-from services.generator.synthetic_set import REFINEMENT_STEPS
+from services.generator.synthetic_set import REFINEMENT_STEPS, SetPlan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Accuracy without data, measured.")
 
@@ -96,8 +96,9 @@ def agreement_command(
         numbers = [int(seed) for seed in seeds.split(",")]
         pairs = pairs_of(bits or ["8/8", "4/8"])
         sets = {n: bench.synthesize(synthesis_iterations, synthetic_images, batch, n, refined, steps) for n in numbers}
-        drawn = f"{synthesis_iterations} generator steps of {batch}, " if refined < 1 else ""
-        origin = f"{drawn}{synthetic_images} images, {100 * refined:.0f} % refined in {steps} steps of {batch}"
+        plan = SetPlan.of(synthetic_images, refined, steps)
+        drawn = f"{synthesis_iterations} generator steps of {batch}, " if plan.drawn else ""
+        origin = f"{drawn}{plan.count} images, {plan.refined} of them refined in {steps} steps of {batch}"
         agreement(bench, pictures, pairs, sets, origin, iterations, batch, out)
 
 

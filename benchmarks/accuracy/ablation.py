@@ -9,7 +9,7 @@ row of a width is the deployable form with its own defaults (optimizer, features
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.bench import Bench
+from benchmarks.accuracy.bench import REFINED_NOTE, Bench
 from benchmarks.results_table import Table, spread
 from services.quantizer.config import ActivationGranularity, Quantization, WeightGranularity
 
@@ -29,7 +29,7 @@ def ablation(
     notes = [
         f"Simulated, but for the last row of each width. Full precision: {full:.2f} % of {len(bench.labels)} images.",
         f"One synthetic set a seed for all rows: {synthesis_iterations} generator steps of 32, {images} images, "
-        f"bounded by black and white: {'yes' if bench.model.pixel_range is not None else 'no'}.",
+        f"{REFINED_NOTE}, bounded by black and white: {'yes' if bench.model.pixel_range is not None else 'no'}.",
         f"{iterations} training iterations of {batch}, cosine from 1e-4 (simulated) or the default rate (deployable).",
         "Inputs: `relu`, ReLU outputs alone, as published; `every`, what each layer reads (the image at 8 bits).",
         f"Median (least–most) of seeds {', '.join(map(str, seeds))}. Deployable rows are run as exported graphs.",

@@ -33,6 +33,7 @@ from services.quantizer.training import Trainer
 
 CPU = torch.device("cpu")
 ELEMENTS = 2**22  # of input in a batch of the exported graph, whose runtime keeps many activations in memory
+REFINED_NOTE = f"{100 * REFINED_SHARE:.0f} % of them refined in {REFINEMENT_STEPS} steps"  # of ``synthesize``
 FORMS = {
     "float": reports_pb2.MEASURED_FORM_FLOAT,
     "trt": reports_pb2.MEASURED_FORM_ONNX_TRT,
@@ -158,10 +159,11 @@ class Bench:
     ) -> Batch:
         """Train a generator alone and make a set with it, as the Synthesize job does."""
         synthesizer = self.synthesizer(batch_size, seed, bounded=bounded)
-        for _ in range(iterations if refined < 1 else 0):
+        plan = SetPlan.of(count, refined, steps)
+        for _ in range(iterations if plan.drawn else 0):
             synthesizer.draw()
             synthesizer.step_alone()
-        parts = list(batches_of(synthesizer, SetPlan.of(count, refined, steps), lambda: None))
+        parts = list(batches_of(synthesizer, plan, lambda: None))
         return Batch(*(torch.cat([getattr(p, name) for p in parts]) for name in ("images", "labels", "logits")))
 
     def student(self, quantization: Quantization, images: Tensor) -> fx.GraphModule:

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.accuracy.bench import Bench
+from benchmarks.accuracy.bench import REFINED_NOTE, Bench
 from benchmarks.results_table import Table, spread
-from services.generator.synthetic_set import REFINEMENT_STEPS
 from services.quantizer.config import Quantization
 
 
@@ -25,8 +24,8 @@ def deployable(
     full = bench.top1(bench.teacher_logits)
     notes = [
         f"Deployable family. Full precision: {full:.2f} % top-1 of {len(bench.labels)} images. Replay: "
-        f"{synthesis_iterations} generator steps of 32, {images} images, half of them "
-        f"refined in {REFINEMENT_STEPS} steps, training in batches of {batch}.",
+        f"{synthesis_iterations} generator steps of 32, {images} images, {REFINED_NOTE}, training in "
+        f"batches of {batch}.",
         "Exported: the `trt` file run by ONNX Runtime with optimizations off. `ort`: the file with INT8 kernels, last "
         f"seed. Simulated: the fake-quantized student. Median (least–most) of seeds {', '.join(map(str, seeds))}.",
     ]

@@ -90,7 +90,7 @@ def quantize(
     ] = None,
     images: Annotated[int | None, typer.Option(help="Synthetic images to make.", rich_help_panel=TRAIN)] = None,
     refined_share: Annotated[
-        float | None, typer.Option(help="Of the images, to refine by themselves, 0 to 1.", rich_help_panel=TRAIN)
+        float | None, typer.Option(help="Of the images, refined from scenes, 0 to 1.", rich_help_panel=TRAIN)
     ] = None,
     dataset: Annotated[
         str, typer.Option(help="Path below the server's dataset root, or a local .npz.", rich_help_panel=DATA)

@@ -33,7 +33,7 @@ def synthesize(request: generator_pb2.StartSynthesizeRequest, context: JobContex
         config.refined_share if config.HasField("refined_share") else REFINED_SHARE,
         config.refinement_steps if config.HasField("refinement_steps") else REFINEMENT_STEPS,
     )
-    if plan.refined == num_images:
+    if not plan.drawn:
         iterations = 0  # nobody would see what the generator learned
     interval = config.checkpoint_interval if config.HasField("checkpoint_interval") else 100
     parameters = SynthesisParameters.of(

@@ -7,8 +7,7 @@ teacher sure of the labels. Students learn more from both kinds than from as man
 DeepInversion, Yin et al. 2020; ZeroQ, Cai et al. 2020.)
 
 Corrections are a pyramid: a picture of full size, one of half the side, and so on, added up. Adam moves all values by
-the same steps, so low frequencies, of which natural images have most, come as easily as high ones, and tens of steps do
-what takes hundreds on pixels alone.
+the same steps, so low frequencies, of which natural images have most, come as easily as high ones.
 """
 
 import math

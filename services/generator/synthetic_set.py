@@ -1,4 +1,4 @@
-"""Draws a synthetic set from a trained generator and writes it as one safetensors file, as a stream."""
+"""Makes a synthetic set, drawn by a generator and refined from scenes, and writes it as one file, as a stream."""
 
 import json
 import math
@@ -46,6 +46,11 @@ class SetPlan:
         """Return the plan of a set of which a share, 0 to 1, is refined in so many steps; no step refines none."""
         return cls(count, round(share * count) if steps else 0, steps)
 
+    @property
+    def drawn(self) -> int:
+        """Images that the generator draws; where there are none, it need not be trained."""
+        return self.count - self.refined
+
 
 @dataclass(frozen=True)
 class WrittenSet:
@@ -73,9 +78,8 @@ def batches_of(synthesizer: Synthesizer, plan: SetPlan, on_step: Callable[[], No
         plan: Of the set.
         on_step: Called before each step of a refinement; what it raises ends the making.
     """
-    drawn = plan.count - plan.refined
-    last = min(drawn, held_out(plan.count) // 2) if plan.refined else 0
-    yield from drawn_set(synthesizer, drawn - last)
+    last = min(plan.drawn, held_out(plan.count) // 2) if plan.refined else 0
+    yield from drawn_set(synthesizer, plan.drawn - last)
     yield from _refined_set(synthesizer, plan.refined, plan.steps, on_step)
     yield from drawn_set(synthesizer, last)
 

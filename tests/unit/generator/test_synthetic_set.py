@@ -107,6 +107,8 @@ def test_refined_images_lie_between_drawn_ones(count: int, share: float) -> None
 
 def test_no_step_refines_nothing() -> None:
     assert SetPlan.of(10, 0.5, 0) == SetPlan(10, 0, 0)
+    assert SetPlan.of(10, 1.0, 0).drawn == 10
+    assert SetPlan.of(10, 1.0, 1).drawn == 0
 
 
 def test_a_refinement_can_be_stopped(tmp_path: Path) -> None:
