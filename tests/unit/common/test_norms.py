@@ -1,5 +1,4 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import hatch_build
 from services.common.kernels import norms
 from services.common.kernels.norms import Activation, fused, serves
 from services.quantizer.kernels import eager
+from tests.support.kernels import compile_or_skip
 
 torch.set_num_threads(1)
 ALONE, PLAIN, AFFINE = range(3)  # what is added
@@ -19,10 +18,7 @@ ALONE, PLAIN, AFFINE = range(3)  # what is added
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    hatch_build.compile_kernels(Path(hatch_build.__file__).parent)
-    norms.library.cache_clear()
-    if norms.library() is None:
-        pytest.skip("no C++ compiler, or a processor without fused multiply-add")
+    compile_or_skip(norms.library)
 
 
 def tensor(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -7,20 +5,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import hatch_build
 from services.generator.kernels import batch_norm
 from services.generator.kernels.batch_norm import normalized, serves
 from services.generator.networks import LATENT, ConditionalGenerator
+from tests.support.kernels import compile_or_skip
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    hatch_build.compile_kernels(Path(hatch_build.__file__).parent)
-    batch_norm.library.cache_clear()
-    if batch_norm.library() is None:
-        pytest.skip("no C++ compiler")
+    compile_or_skip(batch_norm.library)
 
 
 def case(shape: tuple[int, ...], seed: int, by_sample: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,13 +1,11 @@
 """Students and teachers compute the same with fused blocks as without."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-import hatch_build
 from services.common.kernels import blocks, norms
 from services.common.kernels.blocks import fuse_blocks
 from services.common.models.cifar_resnet import resnet20
@@ -17,6 +15,7 @@ from services.quantizer.config import ActivationGranularity, GeneratorLosses, Qu
 from services.quantizer.features import keep_output
 from services.quantizer.student import build_student, no_grad_copy
 from services.quantizer.training import Trainer, _own_bits
+from tests.support.kernels import compile_or_skip
 from tests.support.models import Bottleneck, Residual, captured
 
 torch.set_num_threads(1)
@@ -31,10 +30,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    hatch_build.compile_kernels(Path(hatch_build.__file__).parent)
-    norms.library.cache_clear()
-    if norms.library() is None:
-        pytest.skip("no C++ compiler, or a processor without fused multiply-add")
+    compile_or_skip(norms.library)
 
 
 def images(count: int = 5) -> Tensor:
