@@ -59,6 +59,8 @@ def best_step(values: Tensor, grid: WeightGrid) -> Tensor:
 def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
     if not isinstance(quantizer, ActivationQuantizer):
         raise TypeError(type(quantizer).__name__)
+    if not quantizer.learns:
+        return
     (x,) = args
     rows = x.detach().abs().transpose(0, 1).flatten(1)
     if quantizer.bits >= WHOLE_RANGE_BITS:

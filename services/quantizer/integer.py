@@ -4,14 +4,21 @@ Activations are integer codes, weights int8 codes, sums exact integers, each lay
 channel. float32 carries the integers: below 2^24 its sums are exact, so that order, batch size, threads and kernel do
 not matter and two correct runtimes agree bit for bit. (Fake quantization on floats does not have this property: a last
 bit decides a code at .5, and the flip spreads.)
+
+Codes that are not signed bytes, 0 to 255 say, are carried less a shift: the bias of the layer that makes them takes it
+off, and the bias of each that reads them gives it back.
 """
 
 import copy
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from services.quantizer.calibrate import BIAS_CODES
 from services.quantizer.codes import CodesMean, CodesPool, Dequantize
 from services.quantizer.graph import BATCH_NORM_TYPES, batch_norm_affine, input_of, module_of, rearranges, set_module
 from services.quantizer.integer_modules import (
@@ -29,7 +36,7 @@ from services.quantizer.integer_modules import (
     SiLU,
     SumScale,
 )
-from services.quantizer.learned import ActivationQuantizer, QuantizedConv2d, QuantizedLinear
+from services.quantizer.learned import ActivationQuantizer, QuantizedConv2d, QuantizedLayer, QuantizedLinear
 
 _FLOAT_FORMS = {nn.Sigmoid: Sigmoid, nn.SiLU: SiLU, nn.Hardsigmoid: Hardsigmoid, nn.Hardswish: Hardswish}
 
@@ -46,6 +53,8 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
         for node in result.graph.nodes
         if isinstance(module := module_of(result, node), ActivationQuantizer)
     }
+    for node, quantizer in quantizers.items():
+        _leave_room_for_shift(result, node, quantizer)
     for node in list(result.graph.nodes):
         module = module_of(result, node)
         lowered = _lowered(node, module) if module is not None else None
@@ -58,6 +67,9 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
         set_module(result, str(node.target), Codes(shaped, quantizer.code_range))
         if not quantizer.code_range.signed:
             _drop_rectifiers(result, node)
+        if quantizer.code_range.shift:
+            in_bias = folded and _fold_shift(result, node)
+            _pad_before_rounding(result, node, -quantizer.code_range.shift if in_bias else 0)
     result.delete_all_unused_submodules()
     result.graph.lint()
     result.recompile()
@@ -110,6 +122,61 @@ def _fold_inverse(model: fx.GraphModule, node: fx.Node, inverse: Tensor) -> bool
     return False
 
 
+def _leave_room_for_shift(model: fx.GraphModule, node: fx.Node, quantizer: ActivationQuantizer) -> None:
+    """Coarsen the steps of channels so far below their codes' that the shift would be no code of the bias."""
+    source = input_of(node)
+    while isinstance(module_of(model, source), (nn.ReLU, nn.ReLU6)):
+        source = input_of(source)
+    layer = module_of(model, source)
+    if isinstance(layer, QuantizedLayer) and quantizer.code_range.shift:
+        least = quantizer.scale() * abs(quantizer.code_range.shift) / BIAS_CODES
+        layer.log_step.data = torch.maximum(layer.log_step.data, least.log())
+
+
+def _fold_shift(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Let the bias of the layer that ``node`` reads from take the shift off, if nothing else lies between."""
+    source = input_of(node)
+    layer, codes = module_of(model, source), module_of(model, node)
+    if not isinstance(layer, IntegerLayer) or not isinstance(codes, Codes) or len(source.users) > 1:
+        return False
+    bias = layer.bias
+    layer.bias = bias - torch.round(codes.shift / layer.factor).flatten()
+    if layer.accumulator_bound >= EXACT_LIMIT:
+        layer.bias = bias
+        return False
+    codes.shift = 0
+    return True
+
+
+def _pad_before_rounding(model: fx.GraphModule, node: fx.Node, zero: int) -> None:
+    """Pad what the codes of ``node`` are made of, with ``zero``, in place of the codes.
+
+    Shifted codes are padded with another code than 0, which a convolution does not do by itself. TensorRT-RTX runs a
+    convolution in INT8 with a padding before the rounding, and in float with one behind it.
+    """
+    for user in list(node.users):
+        reader = module_of(model, user)
+        if user.target is F.pad:
+            around = tuple(cast(Sequence[int], user.args[1]))
+        elif isinstance(reader, IntegerConv2d) and any(reader.padding):
+            high, wide = cast(Sequence[int], reader.padding)
+            around, reader.padding = (wide, wide, high, high), (0, 0)
+        else:
+            continue
+        with model.graph.inserting_before(node):
+            padded = model.graph.call_function(F.pad, (input_of(node), around, "constant", float(zero)))
+        with model.graph.inserting_after(node):
+            codes = model.graph.call_module(str(node.target), (padded,))
+        if user.target is F.pad:
+            user.replace_all_uses_with(codes)
+            model.graph.erase_node(user)
+            _pad_before_rounding(model, codes, zero)
+        else:
+            user.replace_input_with(node, codes)
+    if not node.users:
+        model.graph.erase_node(node)
+
+
 def _drop_rectifiers(model: fx.GraphModule, node: fx.Node) -> None:
     """Remove ReLU and ReLU6 above ``node``, whose clip at zero (and at the ceiling) does the same."""
     source = input_of(node)
@@ -143,11 +210,15 @@ def float_operations(model: fx.GraphModule) -> list[str]:
     found = []
     for node in model.graph.nodes:
         if node.op in ("call_function", "call_method"):
-            if not carries_codes(model, node):
+            if not _pads_for_codes(model, node) and not carries_codes(model, node):
                 found.append(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
         elif node.op == "call_module" and not isinstance(module := module_of(model, node), inside):
             found.append(f"{node.target} ({type(module).__name__})")
     return found
+
+
+def _pads_for_codes(model: fx.GraphModule, node: fx.Node) -> bool:
+    return node.target is F.pad and all(isinstance(module_of(model, user), Codes) for user in node.users)
 
 
 def carries_codes(model: fx.GraphModule, node: fx.Node) -> bool:

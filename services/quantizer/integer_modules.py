@@ -37,19 +37,29 @@ def _(codes: Tensor) -> Tensor:
 
 
 class Codes(nn.Module):
-    """Float N×C×… → codes. ``inverse`` (C×…) multiplies first, unless the producer has it folded in."""
+    """Float N×C×… → codes that are signed bytes.
+
+    ``inverse`` (C×…) multiplies first, and the range's shift is taken off, unless the producer has it folded in.
+
+    Attributes:
+        code_range: Of the shifted codes.
+        shift: What is taken off here.
+    """
 
     inverse: Tensor | None
 
     def __init__(self, inverse: Tensor | None, code_range: CodeRange) -> None:
         super().__init__()
         self.register_buffer("inverse", inverse)
-        self.code_range = code_range
+        self.shift = code_range.shift
+        self.code_range = CodeRange(code_range.lo - self.shift, code_range.hi - self.shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the codes, integer-valued float32."""
         if self.inverse is not None:
             x = x * self.inverse
+        if self.shift:
+            x = x - self.shift
         result: Tensor = torch.ops.granq.codes(x, self.code_range.lo, self.code_range.hi)
         return result
 
@@ -159,6 +169,7 @@ class IntegerLayer(nn.Module):
         bias: float32 O, integer-valued, in units of the accumulator.
         factor: float32 (1×)O(×1×1), what one unit of the accumulator is worth.
         bits: width of the weight codes, 2 to 8.
+        shift: what the codes that come in lack: −shift stands for the value 0.
     """
 
     codes: Tensor
@@ -168,7 +179,9 @@ class IntegerLayer(nn.Module):
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.bits = layer.bits
-        self.input_range = layer.quantizer.code_range
+        read = layer.quantizer.code_range
+        self.shift = read.shift
+        self.input_range = CodeRange(read.lo - self.shift, read.hi - self.shift)
         log_step = layer.log_step.detach()
         self._quantize(layer, log_step)
         # An output channel whose sums could leave the exact range gets a coarser step: rarely, with wide layers of
@@ -181,7 +194,8 @@ class IntegerLayer(nn.Module):
     def _quantize(self, layer: QuantizedLayer, log_step: Tensor) -> None:
         step = torch.exp(log_step)
         self.register_buffer("codes", layer.weight_codes(log_step).detach().to(torch.int8).contiguous())
-        self.register_buffer("bias", torch.round(layer.bias.detach() / step))
+        taken = self.shift * self.codes.flatten(1).sum(1)  # of the sums, by the shift of the codes
+        self.register_buffer("bias", torch.round(layer.bias.detach() / step) + taken)
         self.register_buffer("factor", step if isinstance(layer, QuantizedLinear) else step.view(1, -1, 1, 1))
 
     def _bounds(self) -> Tensor:

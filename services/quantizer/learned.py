@@ -29,14 +29,19 @@ from services.quantizer.moments import Moments
 
 @dataclass(frozen=True)
 class CodeRange:
-    """Integers that an activation's codes may take, ends included."""
+    """Integers that an activation's codes may take, ends included; code 0 is the value 0.
+
+    Engines carry signed bytes. The 256 codes of another range are signed bytes less a constant, the ``shift`` z. As
+    Σ p·q = Σ p·(q − z) + z·Σ p, the bias of the reader takes z back exactly; only the integer form (``integer.py``)
+    knows of it.
+    """
 
     lo: int
     hi: int
 
     @classmethod
     def of(cls, bits: int, signed: bool) -> "CodeRange":
-        """Return the range that engines with signed 8-bit containers run.
+        """Return the range that engines with signed 8-bit containers run without a shift.
 
         Unsigned codes end at 127, so 8 bits after a ReLU are seven. Signed 8-bit codes use −128, because the
         QuantizeLinear operator saturates there; fewer bits are symmetric.
@@ -44,6 +49,11 @@ class CodeRange:
         if not signed:
             return cls(0, min(2**bits - 1, 127))
         return cls(-128, 127) if bits == 8 else cls(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1)
+
+    @property
+    def shift(self) -> int:
+        """What is taken off 256 codes so that they are signed bytes; 0 of fewer codes."""
+        return self.hi - 127 if self.hi - self.lo == 255 else 0
 
     @property
     def signed(self) -> bool:
@@ -107,10 +117,11 @@ class ActivationQuantizer(nn.Module):
 
     ``ceiling`` is the largest value that the float activation can take (6 after a ReLU6) or None. The scale is kept at
     or below ceiling/hi, so that clipping the codes also does the clipping of the activation. ``reach`` is the magnitude
-    (C) that calibration has to cover, whatever its images show, or None.
+    (C) that calibration has to cover, whatever its images show, or None. ``step`` is the scale (C) where it is known:
+    then it is neither calibrated nor learned.
     """
 
-    log_scale: nn.Parameter
+    log_scale: Tensor
 
     def __init__(
         self,
@@ -119,13 +130,22 @@ class ActivationQuantizer(nn.Module):
         bits: int,
         ceiling: float | None = None,
         reach: Tensor | None = None,
+        step: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.reach = reach
         self.code_range = code_range
         self.bits = bits
         self.ceiling = ceiling
-        self.log_scale = nn.Parameter(torch.zeros(channels))
+        if step is None:
+            self.log_scale = nn.Parameter(torch.zeros(channels))
+        else:
+            self.register_buffer("log_scale", step.log())
+
+    @property
+    def learns(self) -> bool:
+        """Whether the scale is learned."""
+        return isinstance(self.log_scale, nn.Parameter)
 
     def bounded_log_scale(self) -> Tensor:
         """Return ln s, C, at most ln(ceiling/hi)."""

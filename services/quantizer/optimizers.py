@@ -87,7 +87,7 @@ def _units(student: nn.Module) -> dict[nn.Parameter, Tensor]:
     # What has no grid, such as the affine values of a BatchNorm layer that no layer takes in, goes by its size alone.
     units = {p: torch.full_like(p, float(p.square().mean().sqrt())) for p in student.parameters()}
     for module in student.modules():
-        if isinstance(module, ActivationQuantizer):
+        if isinstance(module, ActivationQuantizer) and isinstance(module.log_scale, nn.Parameter):
             units[module.log_scale] = _of_a_range(module.log_scale, module.code_range.hi)
         elif isinstance(module, QuantizedLayer):
             code = MOST_CODES * module.grid.spacing * module.log_step.exp()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from services.quantizer.codes import Dequantize, Rearranged
 from services.quantizer.graph import (
+    LAYER_TYPES,
     ceiling_of,
     channels_of,
     insert_module,
@@ -29,6 +30,30 @@ IMAGE_REACH = 3.0
 WHOLE_RANGE_BITS = 7
 """From so many bits on codes cover all that a ceiling allows: their steps are so fine that a clipped tail, which is
 seldom as light as a normal distribution's, errs far more than the wider range does."""
+
+BYTE_BITS = 8
+"""Of codes that fill a byte, with a shift where they are not signed bytes."""
+
+OFF_LEVEL = 0.25
+"""Of the step between two levels of a pixel: how far from one the value 0 may lie."""
+
+
+def codes_of_pixels(black: Tensor, white: Tensor) -> CodeRange | None:
+    """Return the codes of an image's 256 levels at the step between two of them.
+
+    Rounding at other steps than the pixels' own errs differently in each flat area of an image, and alike all over it,
+    so that no layer averages it out. At their own, it adds a constant at most, which the bias correction takes back.
+
+    Args:
+        black: Value of a black pixel, C, not above 0.
+        white: Value of a white pixel, C, above black.
+
+    Returns:
+        The codes, or None where channels differ in them, or where the value 0 lies between two levels.
+    """
+    lowest = 255 * black / (white - black)
+    lo = round(float(lowest[0]))
+    return CodeRange(lo, lo + 255) if -255 <= lo <= 0 and bool(((lowest - lo).abs() <= OFF_LEVEL).all()) else None
 
 
 class CodePlacement:
@@ -97,19 +122,36 @@ class CodePlacement:
                 self._moved[node, max(common)] = self._copy(node, max(common)), moved
 
     def _make(self, source: fx.Node, bits: int) -> tuple[fx.Node, ActivationQuantizer]:
-        code_range = CodeRange.of(bits, signed=not is_non_negative(self._student, source))
+        signed = not is_non_negative(self._student, source)
+        code_range = CodeRange.of(bits, signed)
         ceiling = ceiling_of(self._student, source)
-        reach = None
+        whole_bytes = bits == BYTE_BITS and self._only_layers_read(source)
+        if whole_bytes and not signed:
+            code_range = CodeRange(0, 255)
+        reach = step = None
         if source.op == "placeholder":
             reach = torch.full((channels_of(source),), IMAGE_REACH)
             if self._pixel_range is not None:
-                reach = torch.maximum(self._pixel_range[0].abs(), self._pixel_range[1].abs())
+                black, white = self._pixel_range
+                reach = torch.maximum(black.abs(), white.abs())
+                pixels = codes_of_pixels(black, white) if whole_bytes else None
+                if pixels is not None:
+                    code_range, step = pixels, (white - black) / 255
         elif ceiling is not None and bits >= WHOLE_RANGE_BITS:
             reach = torch.full((channels_of(source),), ceiling)
-        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, reach)
+        quantizer = ActivationQuantizer(channels_of(source), code_range, bits, ceiling, reach, step)
         name = f"codes_{source.name}" + (f"_{bits}" if any(s is source for s, _ in self._made) else "")
         self._made[source, bits] = insert_module(self._student, source, source, name, quantizer), quantizer
         return self._made[source, bits]
+
+    def _only_layers_read(self, node: fx.Node) -> bool:
+        """Whether what reads a value are layers alone, behind zeros around it or not: they can take back a shift."""
+        return all(
+            self._only_layers_read(user)
+            if user.target is F.pad and rearranges(self._student, user)
+            else isinstance(module_of(self._student, user), (*LAYER_TYPES, ActivationQuantizer))
+            for user in node.users
+        )
 
     def _rearranged(self, source: fx.Node, bits: int) -> Rearranged | None:
         """Return the scales of the codes of a rearrangement, or None where the values must be quantized behind it."""

@@ -8,12 +8,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 
 from services.common.onnx_runtime_flavour import to_onnx_runtime
 from services.quantizer.calibrate import calibrate
-from services.quantizer.config import ActivationGranularity, Quantization
+from services.quantizer.config import ActivationGranularity, LayerBits, Quantization
 from services.quantizer.integer import (
     float_operations,
     integer_layers,
@@ -21,7 +24,8 @@ from services.quantizer.integer import (
     packed_bytes,
     to_integer,
 )
-from services.quantizer.integer_modules import Codes
+from services.quantizer.integer_modules import Codes, IntegerConv2d
+from services.quantizer.learned import ActivationQuantizer, CodeRange, QuantizedConv2d
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student
 from tests.support.models import Bottleneck, Residual, captured
@@ -103,6 +107,38 @@ def test_accumulator_bound_holds_for_the_worst_input() -> None:
         reach = torch.where(layer.codes > 0, layer.input_range.hi, layer.input_range.lo).double() * layer.codes.double()
         worst = reach.flatten(1).sum(1) + layer.bias.double()
         assert worst.abs().max() <= layer.accumulator_bound < 2**24
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([CodeRange(0, 255), CodeRange(-127, 128), CodeRange(-200, 55)]))
+@settings(max_examples=25, deadline=None)
+def test_a_layer_of_shifted_codes_sums_what_the_codes_themselves_give(seed: int, codes_read: CodeRange) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+    quantizer = ActivationQuantizer(4, codes_read, 8)
+    layer = QuantizedConv2d(conv, quantizer, LayerBits(8, 8))
+    layer.log_step.data.copy_((layer.folded_weight().detach().flatten(1).abs().amax(1) / 127).log())
+    codes = torch.randint(codes_read.lo, codes_read.hi + 1, (2, 4, 5, 6), generator=rng).float()
+    integer = IntegerConv2d(layer)
+    weight, bias = layer.weight_codes().detach(), torch.round(layer.bias.detach() / layer.log_step.detach().exp())
+    wanted = F.conv2d(codes, weight, bias, padding=1, groups=2) * integer.factor
+    integer.padding = (0, 0)
+    shifted = F.pad(codes - codes_read.shift, (1, 1, 1, 1), value=-codes_read.shift)
+    assert float(shifted.min()) >= -128
+    assert float(shifted.max()) <= 127
+    assert torch.equal(integer(shifted), wanted)
+
+
+def test_whole_bytes_cost_no_operation_behind_a_layer() -> None:
+    student, images = quantized(Bottleneck(), Quantization(4, 8))
+    wide = [m for m in student.modules() if isinstance(m, ActivationQuantizer) and m.code_range == CodeRange(0, 255)]
+    integer = to_integer(student)
+    made = [m for m in integer.modules() if isinstance(m, Codes)]
+    assert wide
+    assert [m.shift for m in made if m.shift] == [128], "of the pooled features, which no layer makes"
+    assert {(m.code_range.lo, m.code_range.hi) for m in made} <= {(-128, 127), (0, 127)}
+    with torch.no_grad():
+        near = integer(images) - student(images)
+    assert float(near.square().mean()) < 1e-3 * float(student(images).square().mean())
 
 
 def test_packed_size_counts_bits() -> None:

@@ -26,6 +26,24 @@ def test_code_range(bits: int, signed: bool, lo: int, hi: int) -> None:
     assert CodeRange.of(bits, signed) == CodeRange(lo, hi)
 
 
+@pytest.mark.parametrize(
+    ("lo", "hi", "shift"), [(0, 127, 0), (-128, 127, 0), (-63, 63, 0), (0, 255, 128), (-127, 128, 1), (-200, 55, -72)]
+)
+def test_only_256_codes_are_shifted_and_then_are_signed_bytes(lo: int, hi: int, shift: int) -> None:
+    found = CodeRange(lo, hi)
+    assert found.shift == shift
+    assert lo - found.shift >= -128
+    assert hi - found.shift <= 127
+
+
+def test_a_known_step_is_neither_calibrated_nor_learned() -> None:
+    quantizer = ActivationQuantizer(2, CodeRange(0, 255), 8, step=torch.tensor([0.5, 2.0]))
+    assert not quantizer.learns
+    assert not list(quantizer.parameters())
+    assert torch.allclose(quantizer.scale(), torch.tensor([0.5, 2.0]))
+    assert "log_scale" in quantizer.state_dict()
+
+
 def test_four_numbers_by_hand() -> None:
     quantizer = ActivationQuantizer(1, CodeRange(0, 3), 2)
     quantizer.log_scale.data.fill_(torch.tensor(0.5).log())

@@ -1,11 +1,16 @@
+from collections import Counter
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import Quantization
-from services.quantizer.learned import ActivationQuantizer
+from services.quantizer.learned import ActivationQuantizer, CodeRange
+from services.quantizer.placement import codes_of_pixels
 from services.quantizer.student import build_student
 from tests.support.models import captured
+from tests.support.networks import NETWORKS, SHAPE
 
 
 class TwoWidths(nn.Module):
@@ -36,3 +41,40 @@ def test_a_value_read_at_two_widths_has_codes_of_its_own_for_each() -> None:
     with torch.no_grad():
         wanted, given = model(images), student(images)
     assert float((given - wanted).square().mean()) < 0.05 * float(wanted.square().mean())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "wanted"),
+    [
+        ([127 / 255] * 3, [128 / 255] * 3, CodeRange(-127, 128)),
+        ([0.2860], [0.3530], CodeRange(-73, 182)),
+        ([0.0], [1.0], CodeRange(0, 255)),
+        ([0.5], [0.5], None),  # zero lies in the middle between two levels
+        ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], None),  # and here at another level in each channel
+    ],
+)
+def test_pixels_are_read_without_an_error_where_codes_allow_it(
+    mean: list[float], std: list[float], wanted: CodeRange | None
+) -> None:
+    shift, scale = torch.tensor(mean), torch.tensor(std)
+    black, white = -shift / scale, (1 - shift) / scale
+    found = codes_of_pixels(black, white)
+    assert found == wanted
+    if found is None:
+        return
+    levels = (torch.arange(256) / 255 - shift[:, None]) / scale[:, None]
+    quantizer = ActivationQuantizer(len(mean), found, 8, step=(white - black) / 255)
+    codes = quantizer(levels.unsqueeze(0))
+    assert torch.equal(codes, (torch.arange(256.0) + found.lo).expand_as(codes))
+
+
+def test_a_byte_is_filled_where_layers_alone_read_it() -> None:
+    model = captured(NETWORKS["SamePadding"](), SHAPE)
+    for bits in (8, 7):
+        student = build_student(model, Quantization(8, bits), (torch.full((3,), -127 / 128), torch.ones(3)))
+        made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
+        rectified = Counter(m.code_range.hi for m in made.values() if not m.code_range.signed)
+        # Behind the last ReLU6 a mean is taken, and its own values are codes again, which the classifier alone reads.
+        assert rectified == ({255: 3, 127: 1} if bits == 8 else {127: 4})
+        assert made["codes_x"].code_range == CodeRange(-127, 128)
+        assert not made["codes_x"].learns
