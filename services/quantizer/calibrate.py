@@ -7,28 +7,35 @@ While it runs, the output of every BatchNorm, and of every layer that took one i
 on real data (``moments.py``). An activation starts at a margin above the clip of least mean squared error: the shape of
 a distribution is still that of synthetic images, whose tails are lighter. Seven bits and more cover the whole range.
 The image covers black and white, or three standard deviations where these are not known, and else no more than is seen:
-a white pixel of real data often lies beyond the generator's extremes. Weights of four bits and more start at their
-largest magnitude; below, the few levels are better spent on the clip of least mean squared error.
+a white pixel of real data often lies beyond the generator's extremes.
 
-Weights are rounded so that the errors of one output make up for each other (``rounding.py``). Rounding also shifts a
+Weights are rounded so that the errors of one output make up for each other (``rounding.py``). Those of eight bits reach
+their largest magnitude; of fewer bits, each output channel gets the clip with which its output errs least. A channel of
+eight-bit input whose folded weights are large beside others rules the steps of all, while its own codes are finer than
+need be of others. So where weights have far fewer bits than codes, part of this ratio moves from the weights to the
+codes (equalization, Nagel et al. 2019, between a layer's weights and its input). Rounding also shifts a
 layer's output: that of weights where the input has a mean, as it has behind a ReLU, and that of the input itself where
 clipped tails, or values below half a step, are not made up for. The bias takes both back (Nagel et al. 2019).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from services.quantizer.graph import BATCH_NORM_TYPES
 from services.quantizer.grids import WeightGrid
-from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
+from services.quantizer.learned import ActivationQuantizer, CodeSource, QuantizedConv2d, QuantizedLayer
 from services.quantizer.moments import Moments
 from services.quantizer.placement import WHOLE_RANGE_BITS
-from services.quantizer.rounding import settle_weights
+from services.quantizer.rounding import LARGEST, settle_weights
 
-CLIP_BELOW_BITS = 4  # of weights: see above
+CLIP_BELOW_BITS = 8  # of weights: see above
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the largest magnitude of an output channel's weights
+SPARE_BITS = 3  # that codes have more than the weights that read them, for some to be given away
+EQUALIZED = 0.5  # exponent of the ratio between channels that moves into the codes
+COARSEST = 4.0  # times its own, that a channel's scale may become: two bits
 MARGIN = 1.3  # of an activation's range above the clip that suits synthetic images
 SAMPLES = 2**15  # of a channel, that its clip is found from
 RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitude, in geometric steps
@@ -54,6 +61,44 @@ def best_step(values: Tensor, grid: WeightGrid) -> Tensor:
         least = torch.where(better, error, least)
         best = torch.where(better, step, best)
     return torch.where(largest > 0, best, 0.0).squeeze(1)
+
+
+class _Scales:
+    """Sets scales of activations, each when its values are there.
+
+    Args:
+        layers: All that read codes.
+    """
+
+    def __init__(self, layers: Iterable[QuantizedLayer]) -> None:
+        self._readers: dict[CodeSource, list[QuantizedLayer]] = {}
+        for layer in layers:
+            self._readers.setdefault(layer.quantizer, []).append(layer)
+
+    def set(self, quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Set a quantizer, a forward pre-hook's arguments."""
+        _set_activation_scale(quantizer, args)
+        readers = self._readers.get(quantizer, []) if isinstance(quantizer, ActivationQuantizer) else []
+        spare = [_mixes(reader) and reader.bits.activation - reader.bits.weight >= SPARE_BITS for reader in readers]
+        # A ceiling is clipped by the codes, so its scale cannot be coarser.
+        if spare and all(spare) and quantizer.learns and quantizer.ceiling is None:
+            quantizer.log_scale.data.add_(_coarsening(readers).log())
+
+
+def _coarsening(readers: Sequence[QuantizedLayer]) -> Tensor:
+    """Return by how much coarser each channel's codes, C, may be than they are, 1 to ``COARSEST``."""
+    power = torch.zeros_like(readers[0].quantizer.scale())
+    for reader in readers:
+        square = reader.folded_weight().detach().square()
+        tiny = torch.finfo(square.dtype).tiny
+        power += square.sum([d for d in range(square.dim()) if d != 1]) / square.sum().clamp_min(tiny)
+    ratio = (power.max() / power.clamp_min(tiny)).pow(EQUALIZED / 2)
+    return ratio.clamp(1.0, COARSEST)
+
+
+def _mixes(layer: QuantizedLayer) -> bool:
+    """Whether each output reads all channels of the input, so that one step is for the weights of all."""
+    return not isinstance(layer, QuantizedConv2d) or layer.groups == 1
 
 
 def _set_activation_scale(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -98,11 +143,12 @@ class _Layers:
         weight = layer.folded_weight().detach()
         rows = weight.flatten(1)
         clipped = layer.bits.weight < CLIP_BELOW_BITS
-        step = best_step(rows, layer.grid) if clipped else rows.abs().amax(1) / layer.grid.limit
+        alone = clipped and rows.shape[1] > LARGEST  # of its inputs too little is known to tell what an error does
+        step = best_step(rows, layer.grid) if alone else rows.abs().amax(1) / layer.grid.limit
         # A row of zeros would have no step, and a nearly dead one a bias of astronomic code.
         step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
         layer.log_step.data.copy_(torch.where(step > 0, step, NO_STEP).log())
-        settle_weights(layer, args[0])
+        settle_weights(layer, args[0], CLIPS if clipped else (1.0,))
         self._correct_bias(layer, weight, args[0])
 
     def _correct_bias(self, layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
@@ -129,10 +175,11 @@ def calibrate(student: nn.Module, images: Tensor) -> None:
     count = max(1, min(len(images), 512, ELEMENTS // max(1, images[0].numel())))
     hooks = []
     layers = _Layers()
+    scales = _Scales(module for module in student.modules() if isinstance(module, QuantizedLayer))
     for module in student.modules():
         moments = Moments.behind(module) if isinstance(module, BATCH_NORM_TYPES) else None
         if isinstance(module, ActivationQuantizer):
-            hooks.append(module.register_forward_pre_hook(_set_activation_scale))
+            hooks.append(module.register_forward_pre_hook(scales.set))
             hooks.append(module.register_forward_hook(layers.watch))
         elif isinstance(module, QuantizedLayer):
             hooks.append(module.register_forward_pre_hook(layers.set))

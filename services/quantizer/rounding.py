@@ -8,6 +8,8 @@ make up for it best, which the Cholesky factor of Σ⁻¹ says in closed form (H
 The mean of the inputs is left out of Σ, since the bias takes back what it does.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -107,12 +109,14 @@ def compensated_codes(weight: Tensor, covariance: Tensor, grid: WeightGrid) -> T
 
 
 @torch.no_grad()
-def settle_weights(layer: QuantizedLayer, codes: Tensor) -> None:
+def settle_weights(layer: QuantizedLayer, codes: Tensor, clips: Sequence[float] = (1.0,)) -> None:
     """Move a layer's weights to where they round to codes whose errors make up for each other, in place.
 
     Args:
         layer: Its step is set. One with more than ``LARGEST`` weights in an output channel is left as it is.
         codes: What it reads, N×C×H×W or N×F.
+        clips: Shares of the step that are tried. An output channel's step becomes the one whose errors, clipped weights
+            included, then add least to its output.
     """
     if layer.weight[0].numel() > LARGEST:
         return
@@ -123,10 +127,16 @@ def settle_weights(layer: QuantizedLayer, codes: Tensor) -> None:
     level = level * (DAMPING + width / samples)
     level = torch.where(level > 0, level, 1.0)
     seen += torch.diag_embed(level[:, None].expand(groups, width))
-    step = layer.log_step.detach().exp()
-    flat = (layer.folded_weight().detach().flatten(1) / step[:, None]).view(groups, -1, width)
+    weight = layer.folded_weight().detach().flatten(1)
+    steps = layer.log_step.detach().exp()[:, None] * weight.new_tensor(clips)
+    flat = (weight[:, None] / steps[:, :, None]).view(groups, -1, width)
     wanted = compensated_codes(flat, seen, layer.grid)
+    errors = (flat - wanted).double()
+    noise = (errors @ seen * errors).sum(2).view_as(steps) * steps.square()
+    rows, best = torch.arange(len(weight)), noise.argmin(1)
+    flat, wanted = (values.view(len(weight), -1, width)[rows, best] for values in (flat, wanted))
+    step = steps[rows, best]
     near = INSIDE * layer.grid.spacing
-    settled = torch.minimum(torch.maximum(flat, wanted - near), wanted + near)
-    settled = settled.view(len(step), width) * step[:, None]
+    settled = torch.minimum(torch.maximum(flat, wanted - near), wanted + near) * step[:, None]
+    layer.log_step.data.copy_(step.log())
     layer.weight.data.copy_(settled.view_as(layer.weight) / layer.input_scale())

@@ -51,3 +51,44 @@ def test_a_layers_mean_output_is_that_of_unrounded_weights_and_unrounded_inputs(
         rounded = (quantized.weight_codes() * quantized.log_step.exp().view(-1, 1, 1, 1)).double().flatten(1)
         got = rounded @ read[0].double().mean((0, 2, 3)) + quantized.bias.double()
     assert torch.allclose(got, wanted, atol=1e-4 * float(by_channel.std()))
+
+
+class Unequal(nn.Module):
+    """A layer without a ReLU that a mixing layer reads, and one that a depthwise layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.mixing = nn.Conv2d(8, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.depthwise(self.mixing(self.first(x))).mean((2, 3))
+        return logits
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(4, 8), (4, 4), (8, 8)])
+def test_scales_take_over_from_weights_where_codes_have_bits_to_spare(weights: int, activations: int) -> None:
+    model = captured(Unequal(), SHAPE)
+    model.get_parameter("mixing.weight").data.mul_(torch.logspace(-2, 0, 8).view(1, -1, 1, 1))
+    images = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0))
+    student = build_student(model, Quantization(weights, activations))
+    largest: dict[str, Tensor] = {}
+    for name, module in student.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            module.register_forward_hook(
+                lambda m, args, codes, name=name: largest.update({name: codes.abs().amax((0, 2, 3))})
+            )
+    calibrate(student, images)
+    read = {name: layer.quantizer for name, layer in student.named_modules() if isinstance(layer, QuantizedLayer)}
+    names = {module: name for name, module in student.named_modules()}
+    mixed, apart = (largest[names[read[name]]] for name in ("mixing", "depthwise"))
+    full = (mixed / mixed.max()).tolist()
+    if (weights, activations) == (4, 8):
+        # The weights' own ratio is 100, of which the square root moves, to no more than two bits.
+        assert full[-1] > 0.8
+        assert max(full[:2]) < 0.35
+        assert min(full) > 0.2
+    else:
+        assert min(full) > 0.6
+    assert float(apart.min() / apart.max()) > 0.6

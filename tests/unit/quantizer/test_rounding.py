@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from services.quantizer.config import LayerBits
 from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import ActivationQuantizer, CodeRange, QuantizedConv2d, QuantizedLinear
-from services.quantizer.rounding import compensated_codes, covariance, settle_weights
+from services.quantizer.rounding import DAMPING, compensated_codes, covariance, settle_weights
 
 torch.set_num_threads(1)
 
@@ -95,3 +95,28 @@ def test_codes_are_in_range_and_those_of_independent_inputs_are_the_nearest(
     samples = torch.randn(groups, width, 2 * width, generator=rng, dtype=torch.float64)
     codes = compensated_codes(weight, samples @ samples.transpose(1, 2), grid)
     assert torch.equal(codes, grid.nearest(codes))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_step_of_each_output_is_the_one_with_which_it_errs_least(kind: str) -> None:
+    make, channels = LAYERS[kind]
+    codes, clips = alike(channels), (1.0, 0.8, 0.6, 0.4)
+    noises = []
+    for tried in ((1.0,), *((clip,) for clip in clips[1:]), clips):
+        torch.manual_seed(3)
+        layer = ranged(make())
+        weight, largest = layer.folded_weight().detach(), layer.log_step.detach().exp()
+        settle_weights(layer, codes, tried)
+        step = layer.log_step.detach().exp()
+        assert bool(torch.isclose(step[:, None] / largest[:, None], torch.tensor(tried), rtol=1e-5).any(1).all())
+        errors = layer.weight_codes().detach() * step.view(-1, 1, 1, 1) - weight
+        seen, samples = covariance(layer, codes)
+        groups, width, _ = seen.shape
+        # As the rounding sees it: with little trust in what few samples tell of the covariance.
+        seen += torch.diag_embed(
+            (seen.diagonal(dim1=1, dim2=2).mean(1) * (DAMPING + width / samples)).expand(width, -1).t()
+        )
+        flat = errors.flatten(1).view(groups, -1, width).double()
+        noises.append((flat @ seen * flat).sum(2).flatten())
+    *alone, together = noises
+    assert torch.allclose(together, torch.stack(alone).amin(0), rtol=1e-3)
