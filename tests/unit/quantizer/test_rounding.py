@@ -113,9 +113,8 @@ def test_the_step_of_each_output_is_the_one_with_which_it_errs_least(kind: str) 
         seen, samples = covariance(layer, codes)
         groups, width, _ = seen.shape
         # As the rounding sees it: with little trust in what few samples tell of the covariance.
-        seen += torch.diag_embed(
-            (seen.diagonal(dim1=1, dim2=2).mean(1) * (DAMPING + width / samples)).expand(width, -1).t()
-        )
+        level = seen.diagonal(dim1=1, dim2=2).mean(1) * (DAMPING + width / samples)
+        seen += torch.diag_embed(level[:, None].expand(groups, width))
         flat = errors.flatten(1).view(groups, -1, width).double()
         noises.append((flat @ seen * flat).sum(2).flatten())
     *alone, together = noises
