@@ -133,7 +133,7 @@ def settle_weights(layer: QuantizedLayer, codes: Tensor, clips: Sequence[float] 
     wanted = compensated_codes(flat, seen, layer.grid)
     errors = (flat - wanted).double()
     noise = (errors @ seen * errors).sum(2).view_as(steps) * steps.square()
-    rows, best = torch.arange(len(weight)), noise.argmin(1)
+    rows, best = torch.arange(len(weight), device=weight.device), noise.argmin(1)
     flat, wanted = (values.view(len(weight), -1, width)[rows, best] for values in (flat, wanted))
     step = steps[rows, best]
     near = INSIDE * layer.grid.spacing
