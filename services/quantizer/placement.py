@@ -125,7 +125,7 @@ class CodePlacement:
         signed = not is_non_negative(self._student, source)
         code_range = CodeRange.of(bits, signed)
         ceiling = ceiling_of(self._student, source)
-        whole_bytes = bits == BYTE_BITS and self._only_layers_read(source)
+        whole_bytes = bits == BYTE_BITS and self._only_layers_read(source, padded=source.op == "placeholder")
         if whole_bytes and not signed:
             code_range = CodeRange(0, 255)
         reach = step = None
@@ -144,14 +144,22 @@ class CodePlacement:
         self._made[source, bits] = insert_module(self._student, source, source, name, quantizer), quantizer
         return self._made[source, bits]
 
-    def _only_layers_read(self, node: fx.Node) -> bool:
-        """Whether what reads a value are layers alone, behind zeros around it or not: they can take back a shift."""
-        return all(
-            self._only_layers_read(user)
-            if user.target is F.pad and rearranges(self._student, user)
-            else isinstance(module_of(self._student, user), (*LAYER_TYPES, ActivationQuantizer))
-            for user in node.users
-        )
+    def _only_layers_read(self, node: fx.Node, *, padded: bool) -> bool:
+        """Whether what reads a value are layers alone: they can take back a shift.
+
+        One that pads needs an operation of its own for it, in front of the rounding, which writes the whole tensor in
+        float: that pays for an image alone. ``padded``: whether such layers count.
+        """
+        for user in node.users:
+            reader = module_of(self._student, user)
+            if user.target is F.pad and rearranges(self._student, user):
+                if not (padded and self._only_layers_read(user, padded=padded)):
+                    return False
+            elif not isinstance(reader, (*LAYER_TYPES, ActivationQuantizer)):
+                return False
+            elif any(getattr(reader, "padding", ())) and not padded:
+                return False
+        return True
 
     def _rearranged(self, source: fx.Node, bits: int) -> Rearranged | None:
         """Return the scales of the codes of a rearrangement, or None where the values must be quantized behind it."""

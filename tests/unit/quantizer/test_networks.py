@@ -176,10 +176,7 @@ def test_padding_moves_codes_so_that_ceilings_before_it_count() -> None:
     assert [m.ceiling for m in made.values()].count(6.0) == 4  # three ReLU6, and their mean at the end
     proto = export_trt(to_integer(student), SHAPE)
     pads = [node for node in proto.graph.node if node.op_type == "Pad"]
-    readers = Counter(node.op_type for pad in pads for node in proto.graph.node if pad.output[0] in node.input)
-    # One is before the pooling; the stem reads signed codes, and its convolution takes the padding along. The
-    # others pad what becomes codes, since there another code than 0 stands for the value 0.
-    assert readers == {"MaxPool": 1, "QuantizeLinear": 1}
+    assert len(pads) == 1, "before the pooling; convolutions take the others along"
 
 
 def test_signed_and_unsigned_branches_are_quantized_behind_their_concatenation() -> None:

@@ -68,13 +68,14 @@ def test_pixels_are_read_without_an_error_where_codes_allow_it(
     assert torch.equal(codes, (torch.arange(256.0) + found.lo).expand_as(codes))
 
 
-def test_a_byte_is_filled_where_layers_alone_read_it() -> None:
+def test_a_byte_is_filled_where_layers_that_do_not_pad_alone_read_it() -> None:
     model = captured(NETWORKS["SamePadding"](), SHAPE)
     for bits in (8, 7):
         student = build_student(model, Quantization(8, bits), (torch.full((3,), -127 / 128), torch.ones(3)))
         made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
         rectified = Counter(m.code_range.hi for m in made.values() if not m.code_range.signed)
-        # Behind the last ReLU6 a mean is taken, and its own values are codes again, which the classifier alone reads.
-        assert rectified == ({255: 3, 127: 1} if bits == 8 else {127: 4})
+        # Behind the first ReLU6 there is a padding, behind the last a mean is taken, and its own values are codes again,
+        # which the classifier alone reads.
+        assert rectified == ({255: 2, 127: 2} if bits == 8 else {127: 4})
         assert made["codes_x"].code_range == CodeRange(-127, 128)
         assert not made["codes_x"].learns
