@@ -16,9 +16,13 @@ need be of others. So where weights have far fewer bits than codes, part of this
 codes (equalization, Nagel et al. 2019, between a layer's weights and its input). Rounding also shifts a
 layer's output: that of weights where the input has a mean, as it has behind a ReLU, and that of the input itself where
 clipped tails, or values below half a step, are not made up for. The bias takes both back (Nagel et al. 2019).
+
+Clipping makes outputs smaller, too, layer upon layer, which ranges set under BatchNorm's moments do not foresee. So an
+output channel's step is stretched until the output changes as much as the unrounded one, on which it then has slope 1.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -42,6 +46,7 @@ RATIOS = 48  # candidate clips between MIN_RATIO and 1 times the largest magnitu
 MIN_RATIO = 0.1
 DEAD_RATIO = 1e-2  # floor of a channel's scale, relative to the tensor's largest: a channel silent on synthetic images
 NO_STEP = 2.0**-20  # of a row of zeros, and no larger, because a grid without zero makes codes of it
+STRETCH = 0.5, 2.0  # of a step for the slope's sake, at most: of an output that is all but noise, the slope is noise
 BIAS_CODES = 2**22  # largest code of a bias: leaves the accumulator, exact below 2^24, room for the sum
 ELEMENTS = 2**24  # of input that a calibration batch may hold, so that activations fit in memory
 
@@ -124,17 +129,31 @@ def _channel_means(x: Tensor) -> Tensor:
     return x.detach().mean([d for d in range(x.dim()) if d != 1])
 
 
-class _Layers:
-    """Sets steps, weights and biases of layers, each when what it reads is set."""
+def _centred(output: Tensor) -> Tensor:
+    """Return N×O×… less each channel's mean, as O×samples."""
+    rows = output.transpose(0, 1).flatten(1)
+    return rows - rows.mean(1, keepdim=True)
 
-    def __init__(self) -> None:
+
+class _Layers:
+    """Sets steps, weights and biases of layers, each when what it reads is set.
+
+    Args:
+        layers: All that there are.
+    """
+
+    def __init__(self, layers: Iterable[QuantizedLayer]) -> None:
         self._rounded_off: dict[ActivationQuantizer, Tensor] = {}  # mean of value minus code, in codes, C
+        self._values: dict[CodeSource, Tensor] = {}  # of quantizers whose codes layers will read
+        self._waiting = Counter(layer.quantizer for layer in layers)
 
     def watch(self, quantizer: nn.Module, args: tuple[Tensor, ...], codes: Tensor) -> None:
         """Keep what the codes of a quantizer, a forward hook's arguments, lack of its values in the mean."""
         if not isinstance(quantizer, ActivationQuantizer):
             raise TypeError(type(quantizer).__name__)
         self._rounded_off[quantizer] = _channel_means(args[0]) / quantizer.scale() - _channel_means(codes)
+        if self._waiting[quantizer]:
+            self._values[quantizer] = args[0].detach()
 
     def set(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Set a layer, a forward pre-hook's arguments."""
@@ -149,7 +168,26 @@ class _Layers:
         step = torch.maximum(step, layer.bias.detach().abs() / BIAS_CODES)
         layer.log_step.data.copy_(torch.where(step > 0, step, NO_STEP).log())
         settle_weights(layer, args[0], CLIPS if clipped else (1.0,))
+        self._correct_slope(layer, weight, args[0])
         self._correct_bias(layer, weight, args[0])
+        self._waiting[layer.quantizer] -= 1
+        if not self._waiting[layer.quantizer]:
+            self._values.pop(layer.quantizer, None)
+
+    def _correct_slope(self, layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
+        """Stretch a layer's steps until its output has slope 1 on what unrounded weights make of unrounded input."""
+        values, scale = self._values.get(layer.quantizer), layer.quantizer.scale()
+        # Of rearranged codes nobody knows the values; then it is the slope that rounding of the weights leaves.
+        read = codes if values is None else values / scale.view(1, -1, *[1] * (values.dim() - 2))
+        exact = _centred(layer.transform(read, weight))
+        rounded = _centred(layer.transform(codes, layer.quantized_weight_and_bias()[0].detach()))
+        common, whole = (exact * rounded).mean(1), exact.square().mean(1)
+        slope = torch.where(common > 0, common / whole.clamp_min(torch.finfo(whole.dtype).tiny), 1.0)
+        stretch = slope.reciprocal().nan_to_num(1.0, 1.0, 1.0).clamp(*STRETCH)
+        step = torch.maximum(layer.log_step.exp() * stretch, layer.bias.detach().abs() / BIAS_CODES)
+        stretch = step / layer.log_step.exp()
+        layer.log_step.data.copy_(step.log())
+        layer.weight.data.mul_(stretch.view(-1, *[1] * (layer.weight.dim() - 1)))
 
     def _correct_bias(self, layer: QuantizedLayer, weight: Tensor, codes: Tensor) -> None:
         """Let a layer's mean output be what its unrounded folded weight makes of unrounded input."""
@@ -174,8 +212,8 @@ def calibrate(student: nn.Module, images: Tensor) -> None:
     """
     count = max(1, min(len(images), 512, ELEMENTS // max(1, images[0].numel())))
     hooks = []
-    layers = _Layers()
-    scales = _Scales(module for module in student.modules() if isinstance(module, QuantizedLayer))
+    quantized = [module for module in student.modules() if isinstance(module, QuantizedLayer)]
+    layers, scales = _Layers(quantized), _Scales(quantized)
     for module in student.modules():
         moments = Moments.behind(module) if isinstance(module, BATCH_NORM_TYPES) else None
         if isinstance(module, ActivationQuantizer):

@@ -203,6 +203,14 @@ class QuantizedLayer(nn.Module, ABC):
     def by_input(self, values: Tensor) -> Tensor:
         """Return a value for each channel of the layer's input, C, laid out to multiply the weight."""
 
+    @abstractmethod
+    def transform(self, codes: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return what the layer makes of codes with another weight, shaped as its own, and another bias, O."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return the float output."""
+        return self.transform(codes, *self.quantized_weight_and_bias())
+
     def input_scale(self) -> Tensor:
         """Return s of the layer's input laid out to multiply the weight."""
         return self.by_input(self.quantizer.scale())
@@ -247,9 +255,8 @@ class QuantizedConv2d(QuantizedLayer):
         laid = values.view(self.groups, 1, inputs)
         return laid.expand(self.groups, outputs // self.groups, inputs).reshape(outputs, inputs, 1, 1)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Return the float output."""
-        weight, bias = self.quantized_weight_and_bias()
+    def transform(self, codes: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the float convolution."""
         return F.conv2d(codes, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -264,7 +271,6 @@ class QuantizedLinear(QuantizedLayer):
         """Return the values as a row, 1×F."""
         return values.view(1, -1)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Return the float output."""
-        weight, bias = self.quantized_weight_and_bias()
+    def transform(self, codes: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the float product."""
         return F.linear(codes, weight, bias)

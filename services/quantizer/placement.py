@@ -155,9 +155,9 @@ class CodePlacement:
             if user.target is F.pad and rearranges(self._student, user):
                 if not (padded and self._only_layers_read(user, padded=padded)):
                     return False
-            elif not isinstance(reader, (*LAYER_TYPES, ActivationQuantizer)):
-                return False
-            elif any(getattr(reader, "padding", ())) and not padded:
+                continue
+            pads = any(getattr(reader, "padding", ()))
+            if (pads and not padded) or not isinstance(reader, (*LAYER_TYPES, ActivationQuantizer)):
                 return False
         return True
 

@@ -53,6 +53,32 @@ def test_a_layers_mean_output_is_that_of_unrounded_weights_and_unrounded_inputs(
     assert torch.allclose(got, wanted, atol=1e-4 * float(by_channel.std()))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_layers_output_changes_as_much_as_that_of_unrounded_weights_and_inputs(bits: int) -> None:
+    rng = torch.Generator().manual_seed(1)
+    model = captured(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.Flatten()), SHAPE)
+    second = model.get_submodule("2")
+    assert isinstance(second, nn.Conv2d)
+    images = torch.randn(64, *SHAPE, generator=rng) * torch.rand(64, 1, 1, 1, generator=rng).exp()
+    student = build_student(model, Quantization(bits, bits))
+    calibrate(student, images)
+    quantized = student.get_submodule("2")
+    assert isinstance(quantized, QuantizedLayer)
+    values: list[Tensor] = []
+    got: list[Tensor] = []
+    quantizer = quantized.quantizer
+    assert isinstance(quantizer, ActivationQuantizer)
+    quantizer.register_forward_pre_hook(lambda m, args: values.append(args[0]))
+    quantized.register_forward_hook(lambda m, args, output: got.append(output))
+    with torch.no_grad():
+        student(images)
+        wanted = second(values[0])
+    given, exact = (x.double().transpose(0, 1).flatten(1) for x in (got[0], wanted))
+    given, exact = given - given.mean(1, keepdim=True), exact - exact.mean(1, keepdim=True)
+    slope = (given * exact).sum(1) / exact.square().sum(1)
+    assert torch.allclose(slope, torch.ones_like(slope), atol=1e-4)
+
+
 class Unequal(nn.Module):
     """A layer without a ReLU that a mixing layer reads, and one that a depthwise layer reads."""
 

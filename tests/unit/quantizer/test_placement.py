@@ -74,8 +74,8 @@ def test_a_byte_is_filled_where_layers_that_do_not_pad_alone_read_it() -> None:
         student = build_student(model, Quantization(8, bits), (torch.full((3,), -127 / 128), torch.ones(3)))
         made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
         rectified = Counter(m.code_range.hi for m in made.values() if not m.code_range.signed)
-        # Behind the first ReLU6 there is a padding, behind the last a mean is taken, and its own values are codes again,
-        # which the classifier alone reads.
+        # Behind the first ReLU6 there is a padding, behind the last a mean is taken, whose own values are codes again
+        # that the classifier alone reads.
         assert rectified == ({255: 2, 127: 2} if bits == 8 else {127: 4})
         assert made["codes_x"].code_range == CodeRange(-127, 128)
         assert not made["codes_x"].learns
