@@ -93,9 +93,9 @@ class _Scales:
 def _coarsening(readers: Sequence[QuantizedLayer]) -> Tensor:
     """Return by how much coarser each channel's codes, C, may be than they are, 1 to ``COARSEST``."""
     power = torch.zeros_like(readers[0].quantizer.scale())
+    tiny = torch.finfo(power.dtype).tiny
     for reader in readers:
         square = reader.folded_weight().detach().square()
-        tiny = torch.finfo(square.dtype).tiny
         power += square.sum([d for d in range(square.dim()) if d != 1]) / square.sum().clamp_min(tiny)
     ratio = (power.max() / power.clamp_min(tiny)).pow(EQUALIZED / 2)
     return ratio.clamp(1.0, COARSEST)
