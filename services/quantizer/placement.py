@@ -156,8 +156,9 @@ class CodePlacement:
                 if not (padded and self._only_layers_read(user, padded=padded)):
                     return False
                 continue
-            pads = any(getattr(reader, "padding", ()))
-            if (pads and not padded) or not isinstance(reader, (*LAYER_TYPES, ActivationQuantizer)):
+            if not isinstance(reader, (*LAYER_TYPES, ActivationQuantizer)):
+                return False
+            if not padded and isinstance(reader, nn.Conv2d) and any(reader.padding):
                 return False
         return True
 
