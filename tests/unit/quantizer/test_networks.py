@@ -102,6 +102,26 @@ def test_from_graph_to_both_files(name: str, tmp_path: Path) -> None:
     assert ort.kernels.int8 == ort.kernels.total == len(found)
 
 
+@pytest.mark.parametrize("name", ["SamePadding", "mobilenet_v2"])
+def test_an_image_at_its_own_levels_is_padded_alike_in_both_files(name: str, tmp_path: Path) -> None:
+    levels = torch.randint(256, (8, *SHAPE), generator=torch.Generator().manual_seed(0)).float()
+    read = (levels - 127) / 128
+    pixels = torch.full((3,), -127 / 128), torch.ones(3)
+    student = build_student(captured(NETWORKS[name](), SHAPE), Quantization(8, 8), pixels)
+    calibrate(student, read)
+    integer = to_integer(student)
+    trt = export_trt(integer, SHAPE)
+    assert [node.op_type for node in trt.graph.node][:4] == ["Pad", "Mul", "Sub", "QuantizeLinear"]
+    with torch.no_grad():
+        want, simulated = integer(read).numpy(), student(read).numpy()
+    assert np.array_equal(opened(trt, reports_pb2.MEASURED_FORM_ONNX_TRT, tmp_path).run(read.numpy()), want)
+    ort = opened(to_onnx_runtime(trt), reports_pb2.MEASURED_FORM_ONNX_ORT, tmp_path)
+    assert np.abs(ort.run(read.numpy()) - want).max() <= 1e-5 * np.abs(want).max()
+    assert ort.kernels is not None
+    assert ort.kernels.int8 == ort.kernels.total
+    assert np.abs(simulated - want).max() <= 0.02 * np.abs(want).max()
+
+
 def test_a_named_architecture_becomes_a_student(tmp_path: Path) -> None:
     """RegNet computes its sizes with tensors when it is built, which must work without memory for its weights."""
     name = "regnet_y_400mf"
