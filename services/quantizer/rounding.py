@@ -5,7 +5,9 @@ pixels are alike, and so are many channels. With Σ the covariance of the codes 
 output is r·Σ·rᵀ for the vector r of rounding errors, and codes further than the nearest can make it much smaller. They
 are found one column after the other: the error of a column moves the columns that are not rounded yet to where they
 make up for it best, which the Cholesky factor of Σ⁻¹ says in closed form (Hassibi & Stork 1993; Frantar et al. 2023).
-The mean of the inputs is left out of Σ, since the bias takes back what it does.
+What was rounded early did not know of what came later. So then each column is looked at again, several times, and takes
+the code that is best beside all others as they are, until none moves (coordinate descent on r·Σ·rᵀ). The mean of the
+inputs is left out of Σ, since the bias takes back what it does.
 """
 
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ LARGEST = (
 )
 POSITIONS = 784  # of an image that are looked at, 28×28, evenly spread; neighbours tell the same
 BLOCK = 64  # columns between two updates of all that follow
+PASSES = 20  # over all columns, at most; few codes move after the first ones
 CHUNK = 8  # images that are unfolded at a time
 # How far from a code a weight may stay, in spacings: from nearer the edge, the first steps of training undo the choice.
 INSIDE = 0.2
@@ -108,6 +111,43 @@ def compensated_codes(weight: Tensor, covariance: Tensor, grid: WeightGrid) -> T
     return torch.empty_like(codes).scatter_(2, columns, codes)
 
 
+def improved_codes(weight: Tensor, codes: Tensor, covariance: Tensor, grid: WeightGrid, passes: int = PASSES) -> Tensor:
+    """Return codes with less error in the outputs, if there are passes enough so that no single one can do better.
+
+    Args:
+        weight: In units of the step, float G×O×K.
+        codes: Of the weight, to begin with, likewise.
+        covariance: Of the inputs, float64 G×K×K, positive definite.
+        grid: Codes that there are.
+        passes: Over all columns, at most.
+
+    Returns:
+        Codes, shaped and typed as the weight.
+    """
+    codes, covariance = codes.clone(), covariance.to(weight.dtype)
+    slope = (weight - codes) @ covariance  # half of what the error falls by for each unit that a code rises
+    width = weight.shape[2]
+    for _ in range(passes):
+        moved = False
+        for begin in range(0, width, BLOCK):
+            end = min(begin + BLOCK, width)
+            block, here = covariance[:, begin:end, begin:end], slope[:, :, begin:end].clone()
+            moves = torch.zeros_like(here)
+            for index in range(end - begin):
+                code, curvature = codes[:, :, begin + index], block[:, index, index, None]
+                move = grid.nearest(code + here[:, :, index] / curvature) - code
+                move = torch.where(move * (move * curvature - 2 * here[:, :, index]) < 0, move, 0)
+                code += move
+                moves[:, :, index] = move
+                here -= move[:, :, None] * block[:, None, index]
+            if moves.any():
+                moved = True
+                slope -= moves @ covariance[:, begin:end]
+        if not moved:
+            break
+    return codes
+
+
 @torch.no_grad()
 def settle_weights(layer: QuantizedLayer, codes: Tensor, clips: Sequence[float] = (1.0,)) -> None:
     """Move a layer's weights to where they round to codes whose errors make up for each other, in place.
@@ -136,6 +176,8 @@ def settle_weights(layer: QuantizedLayer, codes: Tensor, clips: Sequence[float] 
     rows, best = torch.arange(len(weight), device=weight.device), noise.argmin(1)
     flat, wanted = (values.view(len(weight), -1, width)[rows, best] for values in (flat, wanted))
     step = steps[rows, best]
+    by_group = (groups, -1, width)
+    wanted = improved_codes(flat.view(by_group), wanted.view(by_group), seen, layer.grid).view_as(flat)
     near = INSIDE * layer.grid.spacing
     settled = torch.minimum(torch.maximum(flat, wanted - near), wanted + near) * step[:, None]
     layer.log_step.data.copy_(step.log())

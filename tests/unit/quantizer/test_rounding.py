@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from services.quantizer import rounding
 from services.quantizer.config import LayerBits
 from services.quantizer.grids import WeightGrid
 from services.quantizer.learned import ActivationQuantizer, CodeRange, QuantizedConv2d, QuantizedLinear
-from services.quantizer.rounding import DAMPING, compensated_codes, covariance, settle_weights
+from services.quantizer.rounding import DAMPING, compensated_codes, covariance, improved_codes, settle_weights
 
 torch.set_num_threads(1)
 
@@ -97,8 +98,48 @@ def test_codes_are_in_range_and_those_of_independent_inputs_are_the_nearest(
     assert torch.equal(codes, grid.nearest(codes))
 
 
+def error(weight: Tensor, codes: Tensor, seen: Tensor) -> Tensor:
+    """Of each output, G×O."""
+    off = (weight - codes).double()
+    return (off @ seen * off).sum(2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 150), st.integers(1, 5), st.integers(1, 3), st.integers(2, 8))
+def test_no_single_code_of_an_improved_rounding_can_move_for_the_better(
+    seed: int, width: int, outputs: int, groups: int, bits: int
+) -> None:
+    grid, rng = WeightGrid.of(bits), torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups, outputs, width, generator=rng) * grid.limit / 2
+    samples = torch.randn(groups, width, 2 * width, generator=rng, dtype=torch.float64) + torch.randn(1, generator=rng).double()
+    seen = samples @ samples.transpose(1, 2) / width
+    begin = compensated_codes(weight, seen, grid)
+    codes = improved_codes(weight, begin, seen, grid, 1000)
+    assert torch.equal(codes, grid.nearest(codes))
+    least = error(weight, codes, seen)
+    assert bool((least <= error(weight, begin, seen) * (1 + 1e-6)).all())
+    for column in range(width):
+        for step in (-grid.spacing, grid.spacing):
+            other = codes.clone()
+            other[:, :, column] = (other[:, :, column] + step).clamp(-grid.limit, grid.limit)
+            assert bool((error(weight, other, seen) >= least * (1 - 1e-4) - 1e-4).all())
+
+
+def test_codes_that_were_rounded_too_early_are_found() -> None:
+    # Of two inputs that are nearly the same, only the sum of the codes counts.
+    seen = torch.tensor([[[1.0, 0.999], [0.999, 1.0]]], dtype=torch.float64)
+    weight, bad = torch.tensor([[[2.4, 2.4]]]), torch.tensor([[[5.0, 5.0]]])
+    codes = improved_codes(weight, bad, seen, WeightGrid.of(4))
+    assert float(codes.sum()) == 5.0
+    assert float(error(weight, codes, seen)) < 0.1 < float(error(weight, torch.full_like(bad, 2.0), seen))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_step_of_each_output_is_the_one_with_which_it_errs_least(kind: str) -> None:
+def test_the_step_of_each_output_is_the_one_with_which_it_errs_least(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The choice is made before codes are looked at again.
+    monkeypatch.setattr(rounding, "improved_codes", lambda weight, codes, seen, grid: codes)
     make, channels = LAYERS[kind]
     codes, clips = alike(channels), (1.0, 0.8, 0.6, 0.4)
     noises = []
