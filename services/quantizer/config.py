@@ -9,7 +9,7 @@ from services.common import defaults
 from services.common.errors import InvalidArgumentError
 
 FEATURE_WEIGHT = 1.0  # of a deployable student, where the request names none
-LEARNING_RATE = 2e-3  # of a deployable student: in units of its optimizer (``optimizers.py``)
+LEARNING_RATE = 4e-3  # of a deployable student: in units of its optimizer (``optimizers.py``)
 SIMULATED_LEARNING_RATE = 5e-4  # of SGD
 
 _CO_TRAIN = {common_pb2.TRAINING_MODE_CO_TRAIN: True, common_pb2.TRAINING_MODE_REPLAY: False}

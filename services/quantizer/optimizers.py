@@ -17,8 +17,8 @@ from services.quantizer.config import Training
 from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
 from services.quantizer.student import trainable
 
-SCALE_CODES = 0.045  # the rate of the logarithms of the scales: an iteration moves a range's end by so many codes
-FEWEST_CODES = 15  # of a range that its scale's rate reckons with: coarser ones move no faster, 0.3 % an iteration
+SCALE_CODES = 0.0135  # the rate of the logarithms of the scales: an iteration moves a range's end by so many codes
+FEWEST_CODES = 15  # of a range that its scale's rate reckons with: coarser ones move no faster, 0.09 % an iteration
 MOST_CODES = 2.5  # that the unit of a weight may be, about the root mean square of a row at four bits
 ADAM_BETA2 = 0.99  # a training is short: the mean square of a gradient must not take a thousand steps to settle
 EPSILON = 1e-12  # beside the root mean square of a gradient, by codes

@@ -111,7 +111,7 @@ def test_no_single_code_of_an_improved_rounding_can_move_for_the_better(
 ) -> None:
     grid, rng = WeightGrid.of(bits), torch.Generator().manual_seed(seed)
     weight = torch.randn(groups, outputs, width, generator=rng) * grid.limit / 2
-    samples = torch.randn(groups, width, 2 * width, generator=rng, dtype=torch.float64) + torch.randn(1, generator=rng).double()
+    samples = torch.randn(groups, width, 2 * width, generator=rng, dtype=torch.float64) + 1
     seen = samples @ samples.transpose(1, 2) / width
     begin = compensated_codes(weight, seen, grid)
     codes = improved_codes(weight, begin, seen, grid, 1000)
