@@ -1,7 +1,8 @@
 // What the CPU kernels of all services have in common: number types, ranges of values, and the grid between their ends.
 //
 // No header of Python or PyTorch is included, so that one build serves all their versions. OpenMP's symbols are left
-// open and found in the library that PyTorch brings, whose threads are then shared. hatch_build.py builds the kernels.
+// open and found in the library that PyTorch brings, whose threads are then shared. hatch_build.py builds the kernels,
+// with a parameter of GCC's that loops over few columns depend on.
 
 #pragma once
 
