@@ -112,7 +112,7 @@ def compensated_codes(weight: Tensor, covariance: Tensor, grid: WeightGrid) -> T
 
 
 def improved_codes(weight: Tensor, codes: Tensor, covariance: Tensor, grid: WeightGrid, passes: int = PASSES) -> Tensor:
-    """Return codes with less error in the outputs, if there are passes enough so that no single one can do better.
+    """Return codes with no more error in the outputs; with passes enough, no single one could still be better.
 
     Args:
         weight: In units of the step, float G×O×K.
@@ -156,7 +156,7 @@ def settle_weights(layer: QuantizedLayer, codes: Tensor, clips: Sequence[float] 
         layer: Its step is set. One with more than ``LARGEST`` weights in an output channel is left as it is.
         codes: What it reads, N×C×H×W or N×F.
         clips: Shares of the step that are tried. An output channel's step becomes the one whose errors, clipped weights
-            included, then add least to its output.
+            included, then add least to its output, before codes are looked at again.
     """
     if layer.weight[0].numel() > LARGEST:
         return
