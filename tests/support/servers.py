@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +19,8 @@ READY_SECONDS = 60.0
 class ServerProcess:
     """One service's process, with an artifact store and dataset root shared by all under ``folder``.
 
-    After ``kill`` and ``start`` it listens on the port that it had before, as a restarted pod behind its name would.
+    After ``kill`` and ``start`` it listens on the ports that it had before, as a restarted pod behind its name would:
+    they are kept for it as long as this object lives.
     ``prefix`` is a command that runs the server's own command as its arguments.
     """
 
@@ -69,6 +72,8 @@ class ServerProcess:
 
     def start(self) -> "ServerProcess":
         """Start, and return when it serves."""
+        self.port = self.port or self._keep_port()
+        self.metrics_port = self.metrics_port or self._keep_port()
         ready = self._folder / f"{self.name}.ready"
         ready.unlink(missing_ok=True)
         with (self._folder / f"{self.name}.log").open("ab") as log:
@@ -83,6 +88,16 @@ class ServerProcess:
         bound = json.loads(ready.read_text())
         self.port, self.metrics_port = bound["port"], bound["metrics_port"]
         return self
+
+    def _keep_port(self) -> int:
+        """Return a port of the system's choice that nobody else is given, even while no server listens on it."""
+        # Bound and not listening: the server, which reuses addresses as well, may listen; the system gives the port
+        # neither to another that asks for any port nor to an outgoing connection.
+        keeper = socket.socket()
+        weakref.finalize(self, keeper.close)
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        return int(keeper.getsockname()[1])
 
     def children(self) -> list[psutil.Process]:
         """Processes that the server has started."""
