@@ -8,13 +8,6 @@
 
 #include "services/common/kernels/values.h"
 
-#if defined(__x86_64__) && defined(__linux__)
-// The widest instructions are chosen when the library is loaded, so that it may be built on another machine.
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), visibility("hidden")))
-#else
-#define CLONES __attribute__((visibility("hidden")))
-#endif
-
 // What is summed before the ReLU: a tensor, and the BatchNorm behind it. Floats are C each.
 struct Branch {
     const void *x;                                    // null: there is no such branch

@@ -11,7 +11,15 @@
 #include <cstdlib>
 #include <cstring>
 
-#define INLINE static inline __attribute__((always_inline))
+#if defined(__x86_64__) && defined(__linux__)
+// The widest instructions are chosen when the library is loaded, so that it may be built on another machine.
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), visibility("hidden")))
+#else
+#define CLONES __attribute__((visibility("hidden")))
+#endif
+// What a clone calls is part of it, else it would have the instructions that all machines have.
+#define MEMBER inline __attribute__((always_inline))
+#define INLINE static MEMBER
 
 namespace {
 
@@ -44,7 +52,7 @@ struct Range {
     float lo = INFINITY, hi = -INFINITY;
     uint32_t top = 0;  // largest magnitude, as bits without the sign, shifted left by one
 
-    void join(const Range &other) {
+    MEMBER void join(const Range &other) {
         lo = least(other.lo, lo), hi = most(other.hi, hi), top = other.top > top ? other.top : top;
     }
 };

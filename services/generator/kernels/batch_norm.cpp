@@ -5,13 +5,6 @@
 
 #include "services/common/kernels/values.h"
 
-#if defined(__x86_64__) && defined(__linux__)
-// The widest instructions are chosen when the library is loaded, so that it may be built on another machine.
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default"), visibility("hidden")))
-#else
-#define CLONES __attribute__((visibility("hidden")))
-#endif
-
 namespace {
 
 // Of all channels; scale and shift are those of one sample.

@@ -5,30 +5,27 @@
 
 #include "services/common/kernels/values.h"
 
-#if defined(__x86_64__) && defined(__linux__)
-// The widest instructions are chosen when the library is loaded, so that it may be built on another machine.
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default"), visibility("hidden")))
-#else
-#define CLONES __attribute__((visibility("hidden")))
-#endif
-
 namespace {
 
 constexpr int64_t CHUNK = 1 << 15;  // values of a long group that one task takes
+constexpr int64_t BATCH = 1 << 12;  // values of short groups that are taken together
+constexpr int WIDE = 64;            // groups whose ranges and grids are found at once
 
 template <int W>
 struct Ranges {
     float lo[W], hi[W];
     uint32_t top[W];
 
-    Range operator[](int j) const { return {lo[j], hi[j], top[j]}; }
+    MEMBER Ranges() {
+        for (int j = 0; j < W; j++) lo[j] = INFINITY, hi[j] = -INFINITY, top[j] = 0;
+    }
+    MEMBER Range operator[](int j) const { return {lo[j], hi[j], top[j]}; }
 };
 
 // Ranges of W columns; a column's values are `stride` apart.
 template <int W, class T>
 INLINE Ranges<W> measure(const T *x, int64_t rows, int64_t stride) {
     Ranges<W> found;
-    for (int j = 0; j < W; j++) found.lo[j] = INFINITY, found.hi[j] = -INFINITY, found.top[j] = 0;
     for (int64_t r = 0; r < rows; r++, x += stride)
         for (int j = 0; j < W; j++) {
             const float v = load(x + j);
@@ -39,29 +36,57 @@ INLINE Ranges<W> measure(const T *x, int64_t rows, int64_t stride) {
     return found;
 }
 
+// Range of all columns. Their halves are joined as vectors.
+template <int W>
+INLINE Range joined(const Ranges<W> &all) {
+    if constexpr (W == 1) {
+        return all[0];
+    } else {
+        Ranges<W / 2> half;
+        for (int j = 0; j < W / 2; j++) {
+            const int k = j + W / 2;
+            half.lo[j] = least(all.lo[k], all.lo[j]), half.hi[j] = most(all.hi[k], all.hi[j]);
+            half.top[j] = all.top[k] > all.top[j] ? all.top[k] : all.top[j];
+        }
+        return joined(half);
+    }
+}
+
 // Range of `length` values in a row, W at a time.
 template <int W, class T>
 INLINE Range measure_row(const T *x, int64_t length) {
-    const Ranges<W> lanes = measure<W>(x, length / W, W);
-    Range all;
-    for (int j = 0; j < W; j++) all.join(lanes[j]);
+    Range all = joined(measure<W>(x, length / W, W));
     if constexpr (W > 1)
-        if (length % W) all.join(measure_row<W == LANES ? 8 : 1>(x + length / W * W, length % W));
+        if (length % W) all.join(measure_row<W == WIDE ? 8 : 1>(x + length / W * W, length % W));
     return all;
 }
 
-template <int W, class T>
-INLINE bool quantize_columns(const T *__restrict x, T *__restrict y, int64_t rows, int64_t stride, int bits) {
-    const Ranges<W> ranges = measure<W>(x, rows, stride);
-    float scale[W], zero_point[W];
-    bool finite = true;
-    for (int j = 0; j < W; j++) {
-        const Grid grid = grid_of(ranges[j], bits);
-        scale[j] = grid.scale, zero_point[j] = grid.zero_point, finite &= grid.finite;
+// Ranges of groups, and the grids between their ends.
+struct Groups : Ranges<WIDE> {
+    float scale[WIDE], zero_point[WIDE];
+
+    template <int W>
+    MEMBER void put(int64_t at, const Ranges<W> &found) {
+        for (int j = 0; j < W; j++) lo[at + j] = found.lo[j], hi[at + j] = found.hi[j], top[at + j] = found.top[j];
     }
+    // Find the grids; return whether all are finite.
+    MEMBER bool settle(int64_t count, int bits) {
+        int finite = 1;
+        for (int64_t j = 0; j < count; j++) {
+            const Grid grid = grid_of({lo[j], hi[j], top[j]}, bits);
+            scale[j] = grid.scale, zero_point[j] = grid.zero_point, finite &= grid.finite;
+        }
+        return finite;
+    }
+};
+
+template <int W, class T>
+INLINE void round_columns(const T *__restrict x, T *__restrict y, int64_t rows, int64_t stride, const float *scales,
+                          const float *zero_points) {
+    float scale[W], zero_point[W];
+    for (int j = 0; j < W; j++) scale[j] = scales[j], zero_point[j] = zero_points[j];
     for (int64_t r = 0; r < rows; r++, x += stride, y += stride)
         for (int j = 0; j < W; j++) store(y + j, rounded(load(x + j), scale[j], zero_point[j]));
-    return finite;
 }
 
 // Codes of W columns, and their gradients. NaN stays NaN.
@@ -102,23 +127,37 @@ INLINE void grad_columns(const float *__restrict g, const float *__restrict v, f
     for (; j < width; j++) STEP(1)
 #define FOR_TYPE(T)                                                                                                \
     CLONES Range range_of_row(const T *x, int64_t length) {                                                        \
-        return length < 4 * LANES ? measure_row<8>(x, length) : measure_row<LANES>(x, length);                     \
+        return length < 2 * WIDE ? measure_row<8>(x, length) : measure_row<WIDE>(x, length);                       \
     }                                                                                                              \
     CLONES void rounded_row(const T *__restrict x, T *__restrict y, int64_t length, Grid grid) {                   \
         for (int64_t i = 0; i < length; i++) store(y + i, rounded(load(x + i), grid.scale, grid.zero_point));      \
     }                                                                                                              \
-    CLONES bool quantized_row(const T *x, T *y, int64_t length, int bits) {                                        \
-        const Grid grid = grid_of(range_of_row(x, length), bits);                                                  \
-        rounded_row(x, y, length, grid);                                                                           \
-        return grid.finite;                                                                                        \
+    CLONES bool quantized_rows(const T *x, T *y, int64_t rows, int64_t length, int bits) {                         \
+        Groups groups;                                                                                             \
+        for (int64_t i = 0; i < rows; i++) {                                                                       \
+            const Range range = range_of_row(x + i * length, length);                                              \
+            groups.lo[i] = range.lo, groups.hi[i] = range.hi, groups.top[i] = range.top;                           \
+        }                                                                                                          \
+        const bool finite = groups.settle(rows, bits);                                                             \
+        for (int64_t i = 0; i < rows; i++) {                                                                       \
+            const Grid grid = {groups.scale[i], groups.zero_point[i], true};                                       \
+            rounded_row(x + i * length, y + i * length, length, grid);                                             \
+        }                                                                                                          \
+        return finite;                                                                                             \
     }                                                                                                              \
     CLONES bool quantized_columns(const T *x, T *y, int64_t rows, int64_t stride, int64_t width, int bits) {       \
-        bool finite = true;                                                                                        \
+        Groups groups;                                                                                             \
         int64_t j = 0;                                                                                             \
-        IN_BLOCKS(COLUMNS_STEP)                                                                                    \
+        for (; j + WIDE <= width; j += WIDE) MEASURE_STEP(WIDE)                                                    \
+        IN_BLOCKS(MEASURE_STEP)                                                                                    \
+        const bool finite = groups.settle(width, bits);                                                            \
+        j = 0;                                                                                                     \
+        for (; j + WIDE <= width; j += WIDE) ROUND_STEP(WIDE)                                                      \
+        IN_BLOCKS(ROUND_STEP)                                                                                      \
         return finite;                                                                                             \
     }
-#define COLUMNS_STEP(W) finite &= quantize_columns<W>(x + j, y + j, rows, stride, bits);
+#define MEASURE_STEP(W) groups.put(j, measure<W>(x + j, rows, stride));
+#define ROUND_STEP(W) round_columns<W>(x + j, y + j, rows, stride, groups.scale + j, groups.zero_point + j);
 FOR_TYPE(float)
 FOR_TYPE(bfloat16)
 
@@ -141,15 +180,19 @@ template <class T>
 bool fake_quantize(const T *x, T *y, int64_t outer, int64_t length, int64_t inner, int bits, int threads) {
     bool finite = true;
     if (inner > 1) {
-        const int64_t blocks = parts(inner, LANES);
+        const int64_t blocks = parts(inner, WIDE);
 #pragma omp parallel for num_threads(threads) if (outer * length * inner >= GRAIN) reduction(& : finite)
         for (int64_t i = 0; i < outer * blocks; i++) {
-            const int64_t block = i % blocks, at = i / blocks * length * inner + block * LANES;
-            finite &= quantized_columns(x + at, y + at, length, inner, rest(block, LANES, inner), bits);
+            const int64_t block = i % blocks, at = i / blocks * length * inner + block * WIDE;
+            finite &= quantized_columns(x + at, y + at, length, inner, rest(block, WIDE, inner), bits);
         }
     } else if (length < 4 * CHUNK) {
+        const int64_t batch = length < BATCH / WIDE ? WIDE : length < BATCH ? BATCH / length : 1;
 #pragma omp parallel for num_threads(threads) if (outer * length >= GRAIN) reduction(& : finite)
-        for (int64_t i = 0; i < outer; i++) finite &= quantized_row(x + i * length, y + i * length, length, bits);
+        for (int64_t k = 0; k < parts(outer, batch); k++) {
+            const int64_t at = k * batch * length;
+            finite &= quantized_rows(x + at, y + at, rest(k, batch, outer), length, bits);
+        }
     } else {
         const int64_t chunks = parts(length, CHUNK);
         for (int64_t i = 0; i < outer; i++, x += length, y += length) {

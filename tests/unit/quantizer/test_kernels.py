@@ -44,6 +44,8 @@ SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 9), st.
 @example((1, 1, 1, 1), 0, 2, (2, 3), False)
 @example((2, 3, 300, 300), 1, 4, (0, 1, 2, 3), False)  # a group that is taken in chunks
 @example((16, 64, 32, 32), 2, 5, (2, 3), True)
+@example((3, 133, 8, 8), 3, 4, (2, 3), False)  # rows that are taken together, and fewer
+@example((2, 141, 8, 8), 4, 4, (2, 3), True)  # more columns than are taken at once
 def test_fake_quantization_equals_plain_pytorch(
     shape: tuple[int, ...], seed: int, bits: int, dims: tuple[int, ...], channels_last: bool
 ) -> None:
@@ -91,8 +93,8 @@ def test_codes_and_their_gradients_equal_plain_pytorch(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dims", [(2, 3), (0, 1, 2, 3)])
 def test_what_is_not_finite_is_found_wherever_it_lies(bad: float, channels_last: bool, dims: tuple[int, ...]) -> None:
-    for place in ((0, 0, 0, 0), (1, 20, 4, 3), (1, 36, 8, 8)):
-        x = tensor((2, 37, 9, 9), 0, channels_last)
+    for place in ((0, 0, 0, 0), (1, 20, 4, 3), (1, 70, 8, 8), (1, 100, 8, 8)):
+        x = tensor((2, 101, 9, 9), 0, channels_last)
         x[place] = bad
         found = cpu.fake_quantize(x, dims, 4)
         assert found is not None
