@@ -7,6 +7,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -129,19 +130,32 @@ class Transfers:
             stream.truncate(0)
         stream.seek(0)
         sha256 = _sha256_of(stream)
+
+        def keep(chunk: bytes) -> None:
+            stream.write(chunk)
+            sha256.update(chunk)
+
         while True:
-            done = stream.seek(0, os.SEEK_END)
+            done = before = stream.seek(0, os.SEEK_END)
             request = artifacts_pb2.DownloadArtifactRequest(digest=digest, offset=done)
-            before = done
+            keeping: Future[None] | None = None
             try:
-                for message in self._stub.DownloadArtifact(request, timeout=self._deadline(size - done)):
-                    chunk = message.chunk  # each look at the field copies its bytes
-                    done += stream.write(chunk)
-                    sha256.update(chunk)
-                    if progress:
-                        progress(done, size)
+                # Each chunk is written and hashed while the next one arrives. Leaving the pool waits for the last.
+                with ThreadPoolExecutor(1) as pool:
+                    for message in self._stub.DownloadArtifact(request, timeout=self._deadline(size - done)):
+                        chunk = message.chunk  # each look at the field copies its bytes
+                        if keeping:
+                            keeping.result()
+                        keeping = pool.submit(keep, chunk)
+                        done += len(chunk)
+                        if progress:
+                            progress(done, size)
+                    if keeping:
+                        keeping.result()
                 break
             except grpc.RpcError as error:
+                if keeping:
+                    keeping.result()
                 failure = from_rpc_error(error)
                 # Progress resets the count: a long download may break more often than a short one.
                 attempt = 1 if done > before else attempt + 1

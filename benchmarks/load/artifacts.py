@@ -76,12 +76,22 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
 
 
+def _warm(path: Path, megabytes: int) -> None:
+    """Write a file and remove it, so that the system has memory at hand for the next file of its size.
+
+    A virtual machine may have to ask its host for each page that it has not used of late.
+    """
+    write_file(path, megabytes)
+    path.unlink()
+
+
 def measure(folder: Path | None, megabytes: int, rounds: int, add: Callable[..., None]) -> None:
     """Give the table's rows to ``add``."""
     samples: dict[str, list[tuple[float, float]]] = {}
     gigabytes, growth = megabytes * _BLOCK / 1e9, [0, 0]
 
     def timed(what: str, call: Callable[[], object], *pids: int) -> None:
+        _warm(target, megabytes)
         cpu, began = _cpu(*pids), time.perf_counter()
         call()
         samples.setdefault(what, []).append((time.perf_counter() - began, _cpu(*pids) - cpu))
