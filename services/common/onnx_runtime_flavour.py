@@ -82,8 +82,9 @@ class _Rewriter:
     def quantizes_directly(self, name: str) -> bool:
         """Whether the value goes to one quantization and nowhere else."""
         reader = self.only_reader(name)
-        if reader is not None and reader.op_type == "Clip":
-            reader = self.only_reader(reader.output[0])
+        for between in ("Pad", "Clip"):
+            if reader is not None and reader.op_type == between:
+                reader = self.only_reader(reader.output[0])
         return reader is not None and reader.op_type == "QuantizeLinear"
 
 
@@ -141,8 +142,7 @@ def _belongs_to_pattern(rewriter: _Rewriter, node: NodeProto) -> bool:
         return True  # of a weight: its input is a constant
     if node.op_type == "QuantizeLinear":
         return True
-    reader = rewriter.only_reader(node.output[0])
-    return node.op_type == "Clip" and reader is not None and reader.op_type == "QuantizeLinear"
+    return node.op_type in ("Clip", "Pad") and rewriter.quantizes_directly(node.output[0])
 
 
 def _rewrite_codes(rewriter: _Rewriter, dequantize: NodeProto) -> None:
@@ -152,6 +152,9 @@ def _rewrite_codes(rewriter: _Rewriter, dequantize: NodeProto) -> None:
     if clip is not None and clip.op_type == "Clip":
         lo, hi = (int(rewriter.constants[name]) for name in clip.input[1:3])
         source = clip.input[0]
+    pad = rewriter.producer.get(source)
+    if pad is not None and pad.op_type == "Pad":
+        source = pad.input[0]
     name = dequantize.output[0]
     zero = 128 if lo < 0 else 0
     zero_point = rewriter.constant(f"zero_point_{zero}", np.array(zero, np.uint8))
@@ -160,6 +163,12 @@ def _rewrite_codes(rewriter: _Rewriter, dequantize: NodeProto) -> None:
     if (lo + zero, hi + zero) != (0, 255):
         bounds = [rewriter.constant(f"code_{b + zero}", np.array(b + zero, np.uint8)) for b in (lo, hi)]
         unsigned = rewriter.add("Clip", [unsigned, *bounds], f"{name}_codes")
+    if pad is not None and pad.op_type == "Pad":
+        code = int(rewriter.constants[pad.input[2]]) + zero
+        around = rewriter.constant(pad.input[1], rewriter.constants[pad.input[1]])
+        unsigned = rewriter.add(
+            "Pad", [unsigned, around, rewriter.constant(f"code_{code}", np.array(code, np.uint8))], f"{name}_padded"
+        )
     rewriter.add("DequantizeLinear", [unsigned, one, zero_point], name)
     rewriter.codes[name] = _Codes(unsigned, name, zero_point)
 
@@ -182,7 +191,7 @@ def _rewrite_rearrangement(rewriter: _Rewriter, node: NodeProto) -> None:
     zero_point = next(rewriter.codes[name].zero_point for name in node.input if name in rewriter.codes)
     moved.input[:] = [rewriter.codes[name].unsigned if name in rewriter.codes else name for name in node.input]
     if node.op_type == "Pad":
-        moved.input[2] = zero_point  # code 0, as unsigned byte; the quantizer pads codes with nothing else
+        moved.input[2] = zero_point  # code 0, as unsigned byte
     moved.output[:] = [f"{name}_codes" for name in node.output]
     rewriter.nodes.append(moved)
     for name, unsigned in zip(node.output, moved.output, strict=True):

@@ -68,9 +68,8 @@ def to_integer(student: fx.GraphModule) -> fx.GraphModule:
         if not quantizer.code_range.signed:
             _drop_rectifiers(result, node)
         if quantizer.code_range.shift:
-            if folded:
-                _fold_shift(result, node)
-            _pad_before_rounding(result, node)
+            in_bias = folded and _fold_shift(result, node)
+            _pad_before_rounding(result, node, -quantizer.code_range.shift if in_bias else 0)
     result.delete_all_unused_submodules()
     result.graph.lint()
     result.recompile()
@@ -134,26 +133,27 @@ def _leave_room_for_shift(model: fx.GraphModule, node: fx.Node, quantizer: Activ
         layer.log_step.data = torch.maximum(layer.log_step.data, least.log())
 
 
-def _fold_shift(model: fx.GraphModule, node: fx.Node) -> None:
+def _fold_shift(model: fx.GraphModule, node: fx.Node) -> bool:
     """Let the bias of the layer that ``node`` reads from take the shift off, if nothing else lies between."""
     source = input_of(node)
     layer, codes = module_of(model, source), module_of(model, node)
     if not isinstance(layer, IntegerLayer) or not isinstance(codes, Codes) or len(source.users) > 1:
-        return
+        return False
     bias = layer.bias
     layer.bias = bias - torch.round(codes.shift / layer.factor).flatten()
     if layer.accumulator_bound >= EXACT_LIMIT:
         layer.bias = bias
-    else:
-        codes.shift = 0
+        return False
+    codes.shift = 0
+    return True
 
 
-def _pad_before_rounding(model: fx.GraphModule, node: fx.Node) -> None:
-    """Pad the image with zeros that the codes of ``node`` are made of, in place of the codes.
+def _pad_before_rounding(model: fx.GraphModule, node: fx.Node, zero: int) -> None:
+    """Pad what the codes of ``node`` are made of, with ``zero``, in place of the codes.
 
-    Of other values no layer that pads reads shifted codes (``placement.py``). Shifted codes are padded with another
-    code than 0, which a convolution does not do by itself. TensorRT-RTX runs a convolution in INT8 with a padding
-    before the rounding, and in float with one behind it.
+    Shifted codes are padded with another code than 0, which a convolution does not do by itself. TensorRT-RTX runs a
+    convolution in INT8 with a padding before the rounding, and in float with one behind it. Its plans have no tensor
+    more for it: what rounds the float that a convolution writes there in any case writes the padding, too.
     """
     for user in list(node.users):
         reader = module_of(model, user)
@@ -165,13 +165,13 @@ def _pad_before_rounding(model: fx.GraphModule, node: fx.Node) -> None:
         else:
             continue
         with model.graph.inserting_before(node):
-            padded = model.graph.call_function(F.pad, (input_of(node), around))
+            padded = model.graph.call_function(F.pad, (input_of(node), around, "constant", float(zero)))
         with model.graph.inserting_after(node):
             codes = model.graph.call_module(str(node.target), (padded,))
         if user.target is F.pad:
             user.replace_all_uses_with(codes)
             model.graph.erase_node(user)
-            _pad_before_rounding(model, codes)
+            _pad_before_rounding(model, codes, zero)
         else:
             user.replace_input_with(node, codes)
     if not node.users:

@@ -4,10 +4,11 @@ TensorRT runs a layer in INT8 when both its operands come from DequantizeLinear 
 with one scale for the tensor, the weight's on axis 0. Here both scales are 1, because the operands *are* the codes;
 the layer's real scale is the multiply behind it:
 
-    [Mul 1/s] → Clip(lo, hi) → QuantizeLinear(1, int8 0) → DequantizeLinear ┐
-                              int8 weight → DequantizeLinear(1, axis 0) ────┴ Conv(+ bias codes) → Mul(factor)
+    [Mul 1/s] → [Pad] → Clip(lo, hi) → QuantizeLinear(1, int8 0) → DequantizeLinear ┐
+                                      int8 weight → DequantizeLinear(1, axis 0) ────┴ Conv(+ bias codes) → Mul(factor)
 
-An image is padded in front of the Mul where another code than 0 is the value 0 (``learned.CodeRange``).
+A padding stands there where another code than 0 is the value 0 (``learned.CodeRange``); convolutions pad with 0 alone.
+
 Run without graph optimizations this file computes exactly what ``integer.py`` computes, bit for bit.
 """
 

@@ -174,6 +174,26 @@ class SamePadding(nn.Module):
         return logits
 
 
+class NarrowStem(nn.Module):
+    """A first layer that makes few of all values, read by a layer that pads and behind a padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _unit(3, 2, stride=2)
+        self.left = _unit(2, 32)
+        self.right = _unit(2, 32, padded=False)
+        self.mix = _unit(32, 32, 1)
+        self.last = _unit(32, 32, 1)
+        self.fc = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem(x))
+        x = F.relu6(self.left(x) + self.right(F.pad(x, (0, 2, 0, 2))))
+        x = F.relu6(self.last(F.relu6(self.mix(x))))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     make.__name__: make
     for make in (
@@ -189,5 +209,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         Branches,
         PreActivation,
         SamePadding,
+        NarrowStem,
     )
 }

@@ -25,6 +25,7 @@ from services.quantizer.config import Quantization
 from services.quantizer.integer import to_integer
 from services.quantizer.onnx_export import export_trt
 from services.quantizer.student import build_student
+from tests.support import networks
 from tests.support.disks import on_a_small_disk
 from tests.support.models import Bottleneck, Residual, captured
 from tests.support.onnx_graphs import Builder
@@ -83,19 +84,25 @@ def test_what_is_blocked_cannot_be_imported(tmp_path: Path, package: Path, run: 
 
 
 @pytest.mark.parametrize(
-    ("network", "quantization", "widths"),
+    ("network", "shape", "quantization", "widths"),
     [
-        (Residual, Quantization(3, 4, overrides={"fc": (8, 8), "project.0": (5, 6)}), {3, 5, 8}),
-        (Bottleneck, Quantization(4, 8), {4}),
+        (Residual, SHAPE, Quantization(3, 4, overrides={"fc": (8, 8), "project.0": (5, 6)}), {3, 5, 8}),
+        (Bottleneck, SHAPE, Quantization(4, 8), {4}),
+        (networks.NETWORKS["NarrowStem"], networks.SHAPE, Quantization(8, 8), {8}),
     ],
-    ids=["residual", "bottleneck"],
+    ids=["residual", "bottleneck", "padded"],
 )
 def test_exported_networks_come_back_bit_for_bit(
-    network: Callable[[], nn.Module], quantization: Quantization, widths: set[int], tmp_path: Path, run: Run
+    network: Callable[[], nn.Module],
+    shape: tuple[int, int, int],
+    quantization: Quantization,
+    widths: set[int],
+    tmp_path: Path,
+    run: Run,
 ) -> None:
-    student = build_student(captured(network(), SHAPE), quantization)
-    calibrate(student, torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(1)))
-    trt = export_trt(to_integer(student), SHAPE)
+    student = build_student(captured(network(), shape), quantization)
+    calibrate(student, torch.randn(16, *shape, generator=torch.Generator().manual_seed(1)))
+    trt = export_trt(to_integer(student), shape)
     files = {"model_trt.onnx": trt.SerializeToString(), "model_ort.onnx": to_onnx_runtime(trt).SerializeToString()}
     data = packed(files["model_trt.onnx"], files["model_ort.onnx"])
     (tmp_path / "net.granq").write_bytes(data)

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from granq.v1 import common_pb2, evaluator_pb2, reports_pb2
 from services.common.errors import (
@@ -22,7 +23,14 @@ from services.evaluator.build_spec import BuildSpec
 from services.evaluator.graph import load_graph
 from services.evaluator.jobs import build_engine
 from services.evaluator.plan_audit import audit_plan
+from services.quantizer.calibrate import calibrate
+from services.quantizer.config import Quantization
+from services.quantizer.integer import to_integer
+from services.quantizer.onnx_export import export_trt
+from services.quantizer.student import build_student
+from tests.support import networks
 from tests.support.evaluator_bench import EvaluatorBench
+from tests.support.models import captured
 from tests.support.onnx_graphs import convolutions, quantized, saved
 from tests.support.waiting import eventually, is_gone
 
@@ -66,6 +74,16 @@ def test_builds_an_int8_engine_with_its_manifest(bench: EvaluatorBench) -> None:
     assert record["tensors"][0]["shape"] == ["-1", "3", "8", "8"]
     assert [p.phase for p in bench.reports][:2] == ["checking", "building"]
     assert any(p.phase.startswith("building: ") and p.total for p in bench.reports)
+
+
+@needs_rtx
+def test_values_that_are_padded_before_they_are_rounded_leave_layers_in_int8(bench: EvaluatorBench) -> None:
+    student = build_student(captured(networks.NETWORKS["NarrowStem"](), networks.SHAPE), Quantization(8, 8))
+    calibrate(student, torch.randn(8, *networks.SHAPE, generator=torch.Generator().manual_seed(0)))
+    model = export_trt(to_integer(student), networks.SHAPE)
+    assert [node.op_type for node in model.graph.node].count("Pad") == 2
+    result = built(bench, model)
+    assert (result.int8_layers, result.total_layers) == (6, 6)
 
 
 @needs_rtx
@@ -221,7 +239,14 @@ import sys
 from pathlib import Path
 from services.evaluator.build_spec import BuildSpec
 from services.evaluator.engine_build import run_build
+from services.quantizer.calibrate import calibrate
+from services.quantizer.config import Quantization
+from services.quantizer.integer import to_integer
+from services.quantizer.onnx_export import export_trt
+from services.quantizer.student import build_student
+from tests.support import networks
 from tests.support.evaluator_bench import EvaluatorBench
+from tests.support.models import captured
 
 folder = Path(sys.argv[1])
 spec = BuildSpec("fake_runtime", [], str(folder / "m"), str(folder / "plan"), [1, 2, 4], [], None, None)

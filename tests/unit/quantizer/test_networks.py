@@ -50,6 +50,7 @@ FLOATS = {
     "Branches": {"add": 1, "neg": 1, "cat": 1},
     "PreActivation": {"sub": 1, "truediv": 1, "Affine": 3, "add": 2},
     "SamePadding": {},
+    "NarrowStem": {"add": 1},
 }
 
 
@@ -102,7 +103,7 @@ def test_from_graph_to_both_files(name: str, tmp_path: Path) -> None:
     assert ort.kernels.int8 == ort.kernels.total == len(found)
 
 
-@pytest.mark.parametrize("name", ["SamePadding", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["SamePadding", "NarrowStem", "mobilenet_v2"])
 def test_an_image_at_its_own_levels_is_padded_alike_in_both_files(name: str, tmp_path: Path) -> None:
     levels = torch.randint(256, (8, *SHAPE), generator=torch.Generator().manual_seed(0)).float()
     read = (levels - 127) / 128

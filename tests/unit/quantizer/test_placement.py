@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from services.quantizer.calibrate import calibrate
 from services.quantizer.config import Quantization
 from services.quantizer.learned import ActivationQuantizer, CodeRange
-from services.quantizer.placement import codes_of_pixels
+from services.quantizer.placement import PADDED_SHARE, codes_of_pixels
 from services.quantizer.student import build_student
 from tests.support.models import captured
 from tests.support.networks import NETWORKS, SHAPE
@@ -29,6 +29,12 @@ class TwoWidths(nn.Module):
         shared = self.relu(self.stem(x))
         logits: Tensor = self.last(self.relu_8(self.coarse(shared) + self.fine(shared))).mean((2, 3))
         return logits
+
+
+def rectified(student: nn.Module) -> dict[str, int]:
+    """Largest codes of what is not signed, by the value's name."""
+    made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
+    return {name.removeprefix("codes_"): m.code_range.hi for name, m in made.items() if not m.code_range.signed}
 
 
 def test_a_value_read_at_two_widths_has_codes_of_its_own_for_each() -> None:
@@ -73,9 +79,24 @@ def test_a_byte_is_filled_where_layers_that_do_not_pad_alone_read_it() -> None:
     for bits in (8, 7):
         student = build_student(model, Quantization(8, bits), (torch.full((3,), -127 / 128), torch.ones(3)))
         made = {name: m for name, m in student.named_modules() if isinstance(m, ActivationQuantizer)}
-        rectified = Counter(m.code_range.hi for m in made.values() if not m.code_range.signed)
-        # Behind the first ReLU6 there is a padding, behind the last a mean is taken, whose own values are codes again
-        # that the classifier alone reads.
-        assert rectified == ({255: 2, 127: 2} if bits == 8 else {127: 4})
+        # Behind the first ReLU6 more values would be padded than may be; behind the last a mean is taken, whose own
+        # values are codes again that the classifier alone reads.
+        assert Counter(rectified(student).values()) == ({255: 2, 127: 2} if bits == 8 else {127: 4})
         assert made["codes_x"].code_range == CodeRange(-127, 128)
         assert not made["codes_x"].learns
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(1.0, 255), (PADDED_SHARE, 255), (0.01, 127), (0.0, 127)])
+def test_few_values_may_be_padded_so_that_their_codes_fill_a_byte(
+    share: float, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.quantizer.placement.PADDED_SHARE", share)
+    student = build_student(captured(NETWORKS["NarrowStem"](), SHAPE), Quantization(8, 8))
+    # What the stem makes is 2 % of what layers read.
+    assert rectified(student) == {"relu6": wanted, "relu6_1": 255, "relu6_2": 255, "relu6_3": 127, "mean_1": 255}
+
+
+def test_the_first_values_are_padded_and_none_behind_one_that_is_too_many() -> None:
+    student = build_student(captured(NETWORKS["resnext"](), SHAPE), Quantization(8, 8))
+    inner = {name: hi for name, hi in rectified(student).items() if name.endswith("0_relu")}
+    assert list(inner.values()) == [255, 127, 127, 127]
