@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, fx
@@ -16,15 +17,19 @@ from services.common.artifacts import ArtifactStore
 from services.common.errors import InvalidArgumentError
 from services.quantizer.config import Quantization
 from services.quantizer.diagnostics import Layers
+from services.quantizer.graph import channels_of
 from services.quantizer.grids import ODD_UP_TO
-from services.quantizer.learned import QuantizedLayer
+from services.quantizer.learned import ActivationQuantizer, QuantizedLayer
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
 
-FORM = "quantizer/4"
+FORM = "quantizer/5"
 """Names what a checkpoint holds. Change it with that: a training whose checkpoint has another form begins anew."""
 # Up to how many bits weights have odd codes: the weights alone do not tell. Before, a file said it of two bits only.
 _ODD_UP_TO = "odd_codes_up_to"
+# What black and white are in the model's input, and which codes activations have: neither is among the tensors, and
+# another range of codes is another model.
+_PIXELS, _CODES = "pixels", "codes"
 _MEDIA_TYPE = "application/vnd.safetensors"
 
 
@@ -102,20 +107,56 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_student(
-    store: ArtifactStore, student: fx.GraphModule, quantization: Quantization, model_digest: str
+    store: ArtifactStore,
+    student: fx.GraphModule,
+    quantization: Quantization,
+    model_digest: str,
+    pixel_range: tuple[Tensor, Tensor] | None = None,
 ) -> artifacts_pb2.Artifact:
-    """Store a student with its number formats and the digest of the model that it was made from."""
-    metadata = {"quantization": quantization.to_json(), "model": model_digest}
-    metadata[_ODD_UP_TO] = str(ODD_UP_TO)
+    """Store a student with its number formats, and what else it was made from.
+
+    Args:
+        store: Where to.
+        student: As ``build_student`` made it.
+        quantization: What it was made by.
+        model_digest: Of the model that it was made from.
+        pixel_range: What it was made by.
+    """
+    pixels = None if pixel_range is None else [ends.tolist() for ends in pixel_range]
+    metadata = {
+        "quantization": quantization.to_json(),
+        "model": model_digest,
+        _ODD_UP_TO: str(ODD_UP_TO),
+        _PIXELS: json.dumps(pixels),
+        _CODES: json.dumps(_code_ranges(student)),
+    }
     return _put(store, student.state_dict(), metadata, "quantized.safetensors")
+
+
+def _code_ranges(student: fx.GraphModule) -> dict[str, list[int]]:
+    """Return the least and the largest code of each activation that has codes."""
+    return {
+        name: [module.code_range.lo, module.code_range.hi]
+        for name, module in student.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+def _ends(pixels: list[list[float]], model: fx.GraphModule) -> tuple[Tensor, Tensor]:
+    """Return black and white, C each; raises ValueError where there are not as many as the image has channels."""
+    image = next(node for node in model.graph.nodes if node.op == "placeholder")
+    black, white = (torch.tensor(ends) for ends in pixels)
+    if not black.shape == white.shape == (channels_of(image),):
+        raise ValueError(f"{_PIXELS} are not of {channels_of(image)} channels")
+    return black, white
 
 
 def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[fx.GraphModule, Quantization]:
     """Rebuild the student that ``save_student`` stored, on the graph of the same model.
 
     Raises:
-        InvalidArgumentError: not a quantized model, made from another model, or with weights of few bits from a time
-            when these had other codes.
+        InvalidArgumentError: not a quantized model, made from another model, or by a version whose weights or
+            activations had other codes.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,7 +164,9 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
         tensors = load_file(path)
         quantization = Quantization.from_json(metadata["quantization"])
         odd_up_to = int(metadata.get(_ODD_UP_TO, 2 if "two_bits" in metadata else 1))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
+        pixels, codes = json.loads(metadata.get(_PIXELS, "null")), json.loads(metadata.get(_CODES, "null"))
+        pixel_range = None if pixels is None else _ends(pixels, model)
+    except (SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:  # JSON's errors are ValueErrors
         raise InvalidArgumentError(
             f"the file is not a quantized model of this service: {error}",
             reason="QUANTIZED_MODEL_UNREADABLE",
@@ -135,12 +178,14 @@ def load_student(path: Path, model: fx.GraphModule, model_digest: str) -> tuple[
             reason="QUANTIZED_MODEL_MISMATCH",
             field="quantized_model",
         )
-    student = build_student(model, quantization)
+    student = build_student(model, quantization, pixel_range)
     widths = {module.bits.weight for module in student.modules() if isinstance(module, QuantizedLayer)}
-    if changed := [bits for bits in widths if (bits <= odd_up_to) != (bits <= ODD_UP_TO)]:
+    changed = [f"{bits}-bit weights" for bits in widths if (bits <= odd_up_to) != (bits <= ODD_UP_TO)]
+    if codes != _code_ranges(student):
+        changed.append("activations")
+    if changed:
         raise InvalidArgumentError(
-            f"the quantized model has {changed[0]}-bit weights of an earlier version, whose codes were others; "
-            "quantize it again",
+            f"the quantized model has {changed[0]} of an earlier version, whose codes were others; quantize it again",
             reason="QUANTIZED_MODEL_UNREADABLE",
             field="quantized_model",
         )

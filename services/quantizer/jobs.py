@@ -120,7 +120,7 @@ def quantize(request: quantizer_pb2.StartQuantizeRequest, context: JobContext) -
     after = diagnostics.measure(teacher, student, held_out.images, context.check_cancelled)
     found = diagnostics.summary(trainer, len(held_out.images), checkpoint.before, after, source.wants_gradients)
     result = reports_pb2.QuantizationResult(
-        model=save_student(context.store, student, quantization, request.model.artifact.digest),
+        model=save_student(context.store, student, quantization, request.model.artifact.digest, model.pixel_range),
         iterations=trainer.iteration,
         teacher_agreement=float(agreement.float().mean()),
         seconds=checkpoint.seconds + time.monotonic() - started,

@@ -11,13 +11,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from granq.v1 import common_pb2, generator_pb2, generator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, quantizer_pb2
+from granq.v1 import common_pb2, generator_pb2, generator_pb2_grpc, jobs_pb2, jobs_pb2_grpc, quantizer_pb2, reports_pb2
 from granq.v1.quantizer_pb2_grpc import QuantizerServiceStub
 from services.common.artifacts import ArtifactStore
 from services.common.models.cifar_resnet import CifarResNet
 from services.common.package import read_package
+from services.evaluator.graph import load_graph
+from services.evaluator.onnx_runtime import OnnxModel
+from services.quantizer.batches import read_synthetic_set
 from tests.support.models import settle
 from tests.support.servers import ServerProcess
 
@@ -244,6 +248,26 @@ def test_export_and_simulation_of_a_quantized_model(bench: Bench, synthetic: str
     )
     failure = bench.wait(bench.quantizer, "simulate-wide").failure
     assert (failure.code, failure.field) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], "dataset.preprocessing")
+
+
+def test_what_is_exported_is_what_was_measured(bench: Bench, synthetic: str, tmp_path: Path) -> None:
+    """The image's codes depend on what black and white are, which every job must know alike."""
+    request = bench.quantize_request("normalized", synthetic, epochs=0)
+    request.model.normalization.CopyFrom(common_pb2.Normalization(mean=[127 / 255], std=[128 / 255]))
+    bench.starts.StartQuantize(request)
+    quantized = bench.wait(bench.quantizer, "normalized").result.quantization
+    with safe_open(bench.store.local_path(quantized.model.digest), framework="pt") as file:
+        assert json.loads(file.metadata()["codes"])["codes_x"] == [-127, 128]
+    key = jobs_pb2.JobKey(job_id="export-normalized")
+    bench.starts.StartExport(
+        quantizer_pb2.StartExportRequest(key=key, model=request.model, quantized_model=quantized.model)
+    )
+    trt = bench.wait(bench.quantizer, "export-normalized").result.export.onnx_trt
+    images = read_synthetic_set(bench.store.local_path(synthetic), SHAPE, 10).held_out
+    (tmp_path / "trt.onnx").write_bytes(bench.store.read_bytes(trt.digest))
+    model = OnnxModel(load_graph(tmp_path / "trt.onnx", "graph"), reports_pb2.MEASURED_FORM_ONNX_TRT, 1, "graph")
+    same = model.run(images.images.numpy()).argmax(1) == images.logits.argmax(1).numpy()
+    assert same.mean() == pytest.approx(quantized.teacher_agreement, abs=1e-6)
 
 
 def test_a_simulation_only_model_is_not_exported(bench: Bench, synthetic: str) -> None:

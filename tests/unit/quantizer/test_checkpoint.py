@@ -1,6 +1,7 @@
 """Files of the quantizer in the store."""
 
 import hashlib
+import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from services.quantizer.batches import Batch, ReplaySource
 from services.quantizer.calibrate import calibrate
 from services.quantizer.checkpoint import FORM, load_student, save_checkpoint, save_student
 from services.quantizer.config import GeneratorLosses, Quantization, Training
+from services.quantizer.learned import ActivationQuantizer
 from services.quantizer.student import build_student
 from services.quantizer.training import Trainer
+from tests.support import networks
 from tests.support.models import Residual, captured
 
 DIGEST = "sha256:" + "a" * 64
@@ -34,6 +37,56 @@ def test_the_same_student_is_always_the_same_artifact(tmp_path: Path) -> None:
     assert formats == quantization
     for name, value in student.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_student_comes_back_with_its_codes(bits: int, tmp_path: Path) -> None:
+    """They depend on what black and white are, which the tensors do not tell."""
+    torch.manual_seed(0)
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    graph = captured(networks.NETWORKS["NarrowStem"](), networks.SHAPE)
+    pixels = torch.full((3,), -127 / 128), torch.ones(3)
+    quantization = Quantization(weight_bits=4, activation_bits=bits)
+    student = build_student(graph, quantization, pixels)
+    images = (torch.randint(256, (8, *networks.SHAPE)) - 127) / 128
+    calibrate(student, images)
+    loaded, _ = load_student(
+        store.local_path(save_student(store, student, quantization, DIGEST, pixels).digest), graph, DIGEST
+    )
+    ranges = [
+        [(name, m.code_range, m.learns) for name, m in of.named_modules() if isinstance(m, ActivationQuantizer)]
+        for of in (student, loaded)
+    ]
+    assert ranges[0] == ranges[1]
+    assert (ranges[0][0][1].lo, ranges[0][0][1].hi) == (-127, 128)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), student(images))
+
+
+def test_activations_of_a_version_with_other_codes_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    graph = captured(Residual(), (3, 8, 8))
+    store = ArtifactStore((tmp_path / "store").as_uri())
+    quantization = Quantization(weight_bits=4, activation_bits=8)
+    student = build_student(graph, quantization)
+    now = store.local_path(save_student(store, student, quantization, DIGEST).digest)
+    with safe_open(now, framework="pt") as file:
+        metadata = file.metadata()
+    codes = json.loads(metadata["codes"])
+    others = [{**codes, name: [lo, hi - 1]} for name, (lo, hi) in codes.items()]
+    for changed in [*(json.dumps(other) for other in others), "{}", "null"]:
+        save_file(load_file(now), tmp_path / "earlier", metadata | {"codes": changed})
+        with pytest.raises(InvalidArgumentError, match=r"activations of an earlier version.* quantize it again"):
+            load_student(tmp_path / "earlier", graph, DIGEST)
+    for key, broken in (
+        ("codes", "{"),
+        ("pixels", "[[0.0]]"),
+        ("pixels", '"black"'),
+        ("pixels", "[[0.0, 1.0], [1.0, 2.0]]"),
+    ):
+        save_file(load_file(now), tmp_path / "broken", metadata | {key: broken})
+        with pytest.raises(InvalidArgumentError, match="not a quantized model"):
+            load_student(tmp_path / "broken", graph, DIGEST)
 
 
 def test_weights_of_a_version_with_other_codes_are_refused(tmp_path: Path) -> None:
@@ -94,4 +147,4 @@ def test_a_checkpoint_that_holds_something_else_has_another_form(tmp_path: Path)
     with safe_open(store.local_path(saved.artifact.digest), framework="pt") as file:
         content = sorted([*file.keys(), *(f"metadata {key}" for key in file.metadata())])
     digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:12]
-    assert (FORM, digest) == ("quantizer/4", "17636e34ae52"), "give FORM another number, then note both here"
+    assert (FORM, digest) == ("quantizer/5", "17636e34ae52"), "give FORM another number, then note both here"
