@@ -7,7 +7,8 @@ the layer's real scale is the multiply behind it:
     [Mul 1/s] → [Pad] → Clip(lo, hi) → QuantizeLinear(1, int8 0) → DequantizeLinear ┐
                                       int8 weight → DequantizeLinear(1, axis 0) ────┴ Conv(+ bias codes) → Mul(factor)
 
-A padding stands there where another code than 0 is the value 0 (``learned.CodeRange``); convolutions pad with 0 alone.
+A padding stands there, an image's in front of the Mul, where another code than 0 is the value 0
+(``learned.CodeRange``); convolutions pad with 0 alone.
 
 Run without graph optimizations this file computes exactly what ``integer.py`` computes, bit for bit.
 """
