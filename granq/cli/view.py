@@ -135,7 +135,8 @@ def _runtime_lines(results: coordinator_pb2.PipelineResults) -> Iterator[str]:
         yield f"graphs run by {', '.join(runtimes)}"
     for measurement in measurements:
         if measurement.form == simulated:
-            yield f"simulated: fake quantization in PyTorch ({measurement.runtime}), which no device runs"
+            runtime = f" ({measurement.runtime})" if measurement.runtime else ""  # unknown where nothing was labelled
+            yield f"simulated: fake quantization in PyTorch{runtime}, which no device runs"
 
 
 def _unmeasured_lines(results: coordinator_pb2.PipelineResults) -> Iterator[str]:

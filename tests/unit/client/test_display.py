@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from granq.cli.follow import LiveDisplay, PlainDisplay, bars, note
@@ -87,6 +88,15 @@ def test_targets_without_an_engine_and_engines_that_did_not_run_are_told() -> No
         "engine h100",
     ):
         assert text in stream.getvalue()
+
+
+@pytest.mark.parametrize(("runtime", "said"), [("torch 2.14", " (torch 2.14)"), ("", "")])
+def test_a_simulation_says_what_ran_it_where_that_is_known(runtime: str, said: str) -> None:
+    pipeline = coordinator_pb2.Pipeline()
+    pipeline.results.evaluation.measurements.add(form=reports_pb2.MEASURED_FORM_SIMULATED, runtime=runtime)
+    console, stream = screen()
+    describe(console, pipeline)
+    assert f"fake quantization in PyTorch{said}, which" in stream.getvalue()
 
 
 def test_sizes() -> None:
