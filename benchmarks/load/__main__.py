@@ -92,8 +92,8 @@ def artifacts_command(
         f"{megabytes} MiB, {rounds} rounds, client and coordinator on loopback of one machine, hashing at both ends.",
         "An upload hashes the file before it sends it: content that the server holds is not sent. CPU: client and "
         "server together; their sum over the cores at hand is the floor of the time.",
-        "Before each, a file as large is written and removed, so that memory for the new one is at hand: fresh pages "
-        "come to a virtual machine from its host, here at 0.45 GB/s, whoever writes.",
+        "Before each, a file as large is written and removed, so that memory for the new one is at hand: a virtual "
+        "machine gets pages that it has not used of late from its host, which can take longer than all else.",
     ]
     artifacts.measure(folder, megabytes, rounds, Table(out, "Transfers of artifacts", artifacts.COLUMNS, notes).add)
 

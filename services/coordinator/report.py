@@ -162,7 +162,8 @@ def _notes(pipeline: coordinator_pb2.Pipeline) -> list[str]:
         )
     if pipeline.results.HasField("export") and not pipeline.results.export.exact:
         notes.append("Some accumulators can pass 2^24, so float32 runs of the exact graph may round.")
-    if any(row.int8_layers < row.total_layers for row in pipeline.results.evaluation.measurements):
+    ort = (row for row in pipeline.results.evaluation.measurements if row.form == reports_pb2.MEASURED_FORM_ONNX_ORT)
+    if any(row.int8_layers < row.total_layers for row in ort):
         notes.append(
             "In model_ort.onnx a convolution whose output is not rounded at once, such as before a sum, works on codes "
             "in float32, which ONNX Runtime does faster than in integers."

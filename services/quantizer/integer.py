@@ -152,8 +152,9 @@ def _pad_before_rounding(model: fx.GraphModule, node: fx.Node, zero: int) -> Non
     """Pad what the codes of ``node`` are made of, with ``zero``, in place of the codes.
 
     Shifted codes are padded with another code than 0, which a convolution does not do by itself. TensorRT-RTX runs a
-    convolution in INT8 with a padding before the rounding, and in float with one behind it. Its plans have no tensor
-    more for it: what rounds the float that a convolution writes there in any case writes the padding, too.
+    convolution in INT8 with a padding before the rounding, and in float with one behind it. Its plan of
+    EfficientNet-Lite0, whose stem's output is padded so, has no tensor more for it: what rounds the float that the
+    convolution writes in any case writes the padding, too.
     """
     for user in list(node.users):
         reader = module_of(model, user)

@@ -67,13 +67,22 @@ def test_simulation_only_reports_what_there_is(store: ArtifactStore, pipeline: c
         assert "no integer form" in bundle.read("report.md").decode()
 
 
-@pytest.mark.parametrize("int8", [11, 22])
-def test_convolutions_in_float_are_explained(pipeline: coordinator_pb2.Pipeline, int8: int) -> None:
-    row = pipeline.results.evaluation.measurements.add(form=reports_pb2.MEASURED_FORM_ONNX_ORT)
+@pytest.mark.parametrize(
+    ("form", "int8", "explained"),
+    [
+        (reports_pb2.MEASURED_FORM_ONNX_ORT, 11, True),
+        (reports_pb2.MEASURED_FORM_ONNX_ORT, 22, False),
+        (reports_pb2.MEASURED_FORM_ENGINE, 11, False),
+    ],
+)
+def test_convolutions_in_float_are_explained(
+    pipeline: coordinator_pb2.Pipeline, form: reports_pb2.MeasuredForm, int8: int, explained: bool
+) -> None:
+    row = pipeline.results.evaluation.measurements.add(form=form)
     row.int8_layers, row.total_layers = int8, 22
     markdown = report_markdown(pipeline, []).decode()
     assert f"{int8} of 22" in markdown
-    assert ("works on codes in float32" in markdown) == (int8 < 22)
+    assert ("works on codes in float32" in markdown) == explained
 
 
 def test_pictures_and_diagnostics_lie_in_a_folder_and_are_shown(

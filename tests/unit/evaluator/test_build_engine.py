@@ -239,14 +239,7 @@ import sys
 from pathlib import Path
 from services.evaluator.build_spec import BuildSpec
 from services.evaluator.engine_build import run_build
-from services.quantizer.calibrate import calibrate
-from services.quantizer.config import Quantization
-from services.quantizer.integer import to_integer
-from services.quantizer.onnx_export import export_trt
-from services.quantizer.student import build_student
-from tests.support import networks
 from tests.support.evaluator_bench import EvaluatorBench
-from tests.support.models import captured
 
 folder = Path(sys.argv[1])
 spec = BuildSpec("fake_runtime", [], str(folder / "m"), str(folder / "plan"), [1, 2, 4], [], None, None)
